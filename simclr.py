@@ -1,0 +1,327 @@
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations
+Ting Chen, Simon Kornblith, Mohammad Norouzi, Geoffrey Hinton. ICML 2020, arXiv 2002.05709
+
+Two random views of an image should find each other among all views of the batch. One network, no
+memory, no momentum: what does the work is strong augmentation (crop and colour together), a
+non-linear head that is thrown away afterwards, and a large batch for many negatives.
+
+    python simclr.py                                            # a few CPU minutes, no download
+    torchrun --nproc_per_node=8 simclr.py --data /data/imagenet
+
+Read it first; moco_v1.py replaces the large batch by a queue.
+
+The paper's words -> ours: base encoder f -> backbone; projection head g -> projector; z -> z;
+N images, 2N views -> B images a process, W processes; tau -> temperature.
+Letters: B images a process, W processes, D features, C embedding.
+
+Measured: not yet run."""
+import argparse
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from common import (AUGMENTS, Views, adapt, conclude, fail, health, linear_eval, load, processes,
+                    recipe_for, resume, save, seeded)
+
+METHOD = "simclr"
+
+
+@dataclass
+class Args:
+    data: str = "patterns"  # patterns, cifar10, cifar100, stl10, or a folder of images
+    recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
+    arch: str = ""  # thin (four narrow stages), or a ResNet of torchvision, such as resnet50
+    size: int = 0  # pixels, the side of a view
+    epochs: int = 0
+    batch_size: int = 0  # images, over all processes
+    lr: float = 0.0  # for 256 images; scaled linearly with the batch
+    warmup_epochs: float = 0.0  # epochs of linear warm-up
+    weight_decay: float = 0.0
+    temperature: float = 0.0  # tau of equation 1
+    projection_dim: int = 0  # C, width of the embedding
+    jitter_strength: float = 0.0  # s, strength of the colour distortion (appendix A)
+    eval_every: int = 0  # epochs between two kNN evaluations
+    seed: int = 0
+    workers: int = min(8, os.cpu_count() or 1)  # decoding processes for each training process
+    root: str = "data"  # folder for the data sets of torchvision
+    out: str = ""  # folder for the results; empty: runs/<script>-<data>
+    compile: bool = False  # torch.compile
+    overwrite: bool = False  # start anew over a run that is finished or has other arguments
+
+
+RECIPES = {  # minutes on two cores; one GPU (appendix B.9); the paper's own numbers (appendix B.6)
+    "recipe":          ("patterns", "cifar10",  "imagenet"),
+    "arch":            ("thin",     "resnet18", "resnet50"),
+    "size":            (32,         32,         224),
+    "epochs":          (20,         200,        1000),
+    "batch_size":      (256,        512,        4096),
+    "lr":              (6.0,        0.5,        0.3),
+    "warmup_epochs":   (1.0,        10.0,       10.0),
+    "weight_decay":    (1e-4,       1e-4,       1e-6),
+    "temperature":     (0.2,        0.5,        0.1),
+    "projection_dim":  (64,         128,        128),
+    "jitter_strength": (1.0,        0.5,        1.0),
+    "eval_every":      (5,          10,         10),
+}
+
+
+# -------------------------------------------------------------------------------------- method
+class SimCLR(nn.Module):
+    """forward(x1, x2), two views (B, 3, H, W) -> the loss of this process's images."""
+
+    def __init__(self, args):
+        super().__init__()
+        backbone, dim = build_backbone(args)
+        self.encoder = nn.Sequential()
+        self.encoder.backbone = backbone
+        self.encoder.projector = build_projector(dim, args.projection_dim)
+        self.temperature = args.temperature
+        self.chance_loss = math.log(2 * args.batch_size - 1)  # all similarities equal
+
+    @property
+    def backbone(self):
+        return self.encoder.backbone
+
+    def forward(self, x1, x2):
+        # Both views in one pass: batch normalisation sees all 2 B of them, as in the official code.
+        z = self.encoder(torch.cat([x1, x2]))  # (2 B, C)
+        z1, z2 = F.normalize(z.float(), dim=1).chunk(2)  # (B, C) each
+        self.z = z1.detach()  # for the health figures
+        return nt_xent(z1, z2, self.temperature)
+
+
+def nt_xent(z1, z2, temperature):
+    """Equation 1 and algorithm 1: z1, z2 (B, C), normalised -> mean over the 2 B rows of this process.
+
+    Each view is classified among the 2 W B - 1 others, those of the other processes included."""
+    (rank, world_size), n = processes(), len(z1)
+    z = torch.cat([gather(z1), gather(z2)])  # (2 W B, C)
+    logits = torch.cat([z1, z2]) @ z.T / temperature  # (2 B, 2 W B)
+    own = rank * n + torch.arange(n, device=z.device)  # (B,): where z1 stands in z
+    own = torch.cat([own, own + world_size * n])  # (2 B,)
+    logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # a view is no negative of itself
+    labels = own.roll(n)  # (2 B,): the other view of the same image
+    return F.cross_entropy(logits, labels)
+
+
+def build_projector(dim, projection_dim):
+    """g: two layers (section 3), batch normalisation after both (official code), the last one
+    without a learned shift."""
+    last = nn.BatchNorm1d(projection_dim)
+    last.bias.requires_grad = False
+    return nn.Sequential(
+        nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True),
+        nn.Linear(dim, projection_dim, bias=False), last)
+
+
+def build_backbone(args, norm_layer=nn.BatchNorm2d):
+    """(torchvision's ResNet without its classifier, D): (B, 3, H, W) -> h (B, D)."""
+    if args.arch == "thin":
+        backbone = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        backbone.inplanes = 16
+        backbone.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
+        backbone.bn1, backbone.fc = norm_layer(16), nn.Linear(128, 1)
+        for stage, width in enumerate((16, 32, 64, 128), start=1):
+            layer = backbone._make_layer(BasicBlock, width, 1, stride=min(stage, 2))
+            setattr(backbone, f"layer{stage}", layer)
+    elif re.fullmatch(r"(wide_)?resnet\d\w+", args.arch) and hasattr(torchvision.models, args.arch):
+        backbone = getattr(torchvision.models, args.arch)(norm_layer=norm_layer)
+        if args.size <= 64:
+            backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    else:
+        fail(f"--arch {args.arch}: neither thin nor a ResNet of torchvision, such as resnet50")
+    if args.size <= 64:  # small images: no early pooling
+        backbone.maxpool = nn.Identity()
+    dim, backbone.fc = backbone.fc.in_features, nn.Identity()
+    return backbone, dim
+
+
+def build_model(args, images, device):
+    model = SimCLR(args).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":  # global batch normalisation (section 2.2); torch has none on the CPU
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def build_optimizer(args, model):
+    return LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)
+
+
+def learning_rate(args, epoch):
+    """Linear warm-up, then half a cosine to 0 (section 2.2); epoch is a fraction, in steps."""
+    peak = args.lr * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    share = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return peak * (1 + math.cos(math.pi * share)) / 2
+
+
+# ------------------------------------------------------------------------------------ skeleton
+class Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)  # the loss of every process depends on these rows
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather(x):
+    """Rows of all processes, (B, ...) -> (W B, ...). The gradient is summed over the processes, so
+    that after DDP's mean W processes have the gradient of one with the whole batch."""
+    return Gather.apply(x) if processes()[1] > 1 else x
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al., 2017): each weight's gradient is scaled to a thousandth
+    of the weight's norm. One-dimensional parameters (biases, normalisation) are neither scaled nor
+    decayed. The learning rate enters the momentum buffer, as in the official code."""
+
+    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                update, scale = p.grad, 1.0
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    ratio = 0.001 * p.norm() / update.norm()
+                    scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                buffer.mul_(group["momentum"]).add_(group["lr"] * scale * update)
+                p.sub_(buffer)
+
+
+def launch():
+    """The device of this process, which joins the others where torchrun started several."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, see main
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def parse_args(argv=None):
+    """Args from the command line, or from a list of words; a flag wins over the recipe."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
+    for field in fields(Args):
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=notes.get(field.name), **kind)
+    given = vars(parser.parse_args(argv))
+    recipe = given.get("recipe") or recipe_for(given.get("data", Args.data))
+    if recipe not in RECIPES["recipe"]:
+        fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
+    column = RECIPES["recipe"].index(recipe)
+    args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "workers", "weight_decay", "warmup_epochs") else 1e-9
+        if type(value) in (int, float) and not least <= value < 1e9:
+            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+def train(args):
+    device, (rank, world_size), out = launch(), processes(), Path(args.out)
+    data = load(args.data, args.root, device)
+    torch.manual_seed(args.seed)
+    model = build_model(args, len(data.pretrain), device)
+    optimizer = build_optimizer(args, model)
+    augments = adapt(AUGMENTS[METHOD], args.size, args.jitter_strength)
+    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
+    evaluate = partial(linear_eval, model.backbone, data, augments[0], device, workers=args.workers)
+    checkpoint = resume(args, world_size)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    log = checkpoint["log"] if checkpoint else [{"epoch": 0} | evaluate()]  # 0: random weights
+    if args.compile:
+        model.compile()
+    network = model if world_size == 1 else nn.parallel.DistributedDataParallel(
+        model, broadcast_buffers=False)
+    if rank == 0 and not checkpoint:
+        save(out / "log.jsonl", json.dumps(log[0]) + "\n")
+        (out / "result.json").unlink(missing_ok=True)
+
+    for epoch in range(len(log), args.epochs + 1):
+        views.set_epoch(epoch)
+        torch.manual_seed(seeded("epoch", args.seed, epoch).initial_seed())
+        total, start, shown = torch.zeros((), device=device), time.time(), time.time()
+        for step, batch in enumerate(views):
+            lr = learning_rate(args, epoch - 1 + step / len(views))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = network(*batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+            if rank == 0 and sys.stdout.isatty() and time.time() > shown + 1:
+                shown = time.time()  # reading the loss waits for the device: once a second
+                print(f"\repoch {epoch}, {step + 1}/{len(views)}, loss {loss.item():.3f}", end="")
+        if world_size > 1:
+            dist.all_reduce(total)
+        seconds, loss = time.time() - start, total.item() / len(views) / world_size
+        if not math.isfinite(loss):
+            fail(f"the loss of epoch {epoch} is not finite; {out} keeps the epoch before it")
+        log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})
+        if epoch % args.eval_every == 0 or epoch == args.epochs:
+            log[-1] |= evaluate(classifier=epoch == args.epochs)
+        if rank == 0:
+            save(out / "checkpoint.pt", {
+                "method": METHOD, "args": vars(args) | {"world_size": world_size}, "epoch": epoch,
+                "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            save(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            print(f"\repoch {epoch}/{args.epochs}  loss {loss:.3f} (chance {model.chance_loss:.2f})"
+                  f"  lr {lr:.3g}  std {log[-1]['std']:.2f}  rank {log[-1]['effective_rank']:.0f}  "
+                  f"{len(views) * args.batch_size / seconds:.0f} images/s  "
+                  f"ETA {(args.epochs - epoch) * seconds / 60:.1f} min"
+                  + (f"  kNN {log[-1]['knn_top1']:.1f} %" if "knn_top1" in log[-1] else ""))
+    return conclude(METHOD, args, data, log, views, model, device)
+
+
+def main(args):
+    """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
+    try:
+        return train(args)
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM
+        print("\nstopped; the same command goes on after the last finished epoch", flush=True)
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
