@@ -94,8 +94,8 @@ def patterns(n, seed=0):
     dark, light = uniform(0.1, 0.4), uniform(0.6, 0.9)
     swap = uniform(0, 1) < 0.5
     # A little colour only: with more of it, colour names the image and no method needs the pattern.
-    ground = torch.where(swap, light, dark) + uniform(-0.12, 0.12, 3)
-    colour = torch.where(swap, dark, light) + uniform(-0.12, 0.12, 3)
+    ground = torch.where(swap, light, dark) + uniform(-0.08, 0.08, 3)
+    colour = torch.where(swap, dark, light) + uniform(-0.08, 0.08, 3)
     shade = 1 + uniform(-0.3, 0.3) * x + uniform(-0.3, 0.3) * y
     noise = 0.04 * torch.randn(n, 3, 32, 32, generator=chance)
     images = ((ground + (colour - ground) * ink) * shade + noise).clamp(0, 1)
@@ -157,7 +157,8 @@ def load_torchvision(name, root):
     if dist.is_initialized() and not follower:
         dist.barrier()
     images = {part: torch.as_tensor(s.data) for part, s in sets.items()}
-    labels = {part: torch.as_tensor(s.labels if stl else s.targets).long() for part, s in sets.items()}
+    labels = {part: torch.as_tensor(s.labels if stl else s.targets).long()
+              for part, s in sets.items()}
     return {part: (x if stl else x.permute(0, 3, 1, 2).contiguous(), labels[part])
             for part, x in images.items()}, sets["train"].classes
 
@@ -179,7 +180,7 @@ def load_folder(folder):
         sets = {part: [list(x) for x in zip(*s.samples)] for part, s in found.items()}
         sets = {part: [paths, torch.tensor(labels)] for part, (paths, labels) in sets.items()}
     else:
-        sets = {"pretrain": [sorted(str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)]}
+        sets = {"pretrain": [sorted(image_files(folder))]}
     first = next(iter(sets.values()))[0]
     if len(first) < 2:
         fail(f"--data {folder}: {len(first)} image(s) found; it takes at least two")
@@ -196,6 +197,10 @@ def load_folder(folder):
     return sets, classes
 
 
+def image_files(folder):
+    return (str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+
+
 def is_small(path):
     try:
         with Image.open(path) as image:
@@ -208,8 +213,7 @@ def recipe_for(name):
     """The column of a script's RECIPES that suits this data."""
     if name == "patterns" or name in TORCHVISION:
         return "patterns" if name == "patterns" else "cifar10"
-    files = (p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES)
-    first = next(files, None)
+    first = next(image_files(Path(name)), None)
     return "cifar10" if first and is_small(first) else "imagenet"
 
 
@@ -226,7 +230,8 @@ class Files(torch.utils.data.Dataset):
             image = TF.resize(read_image(self.paths[index]), round(size * 256 / 224))
             return [TF.pil_to_tensor(TF.center_crop(image, size))]
         chance = seeded("crop", *self.key, index)
-        image = read_image(self.paths[index], max(a.size / a.scale[0] ** 0.5 for a in self.augments))
+        least = max(a.size / a.scale[0] ** 0.5 for a in self.augments)  # the smallest crop's need
+        image = read_image(self.paths[index], least)
         views = []
         for a in self.augments:
             box = a.boxes(1, image.height, image.width, chance)[0].int().tolist()
@@ -265,18 +270,18 @@ class Augment:
     std: tuple = (0.229, 0.224, 0.225)
 
     def boxes(self, n, height, width, chance):
-        """n crops in whole pixels (n, 4): top, left, height, width. Area U(scale), aspect log-uniform
-        in 3/4 to 4/3: the first of ten draws that fits, else the largest centre crop."""
+        """n crops in whole pixels (n, 4): top, left, height, width. Area U(scale), aspect ratio
+        log-uniform in 3/4 to 4/3: the first of ten draws that fits, else a large centre crop."""
         area = height * width * torch.empty(n, 10).uniform_(*self.scale, generator=chance)
-        aspect = torch.empty(n, 10).uniform_(math.log(3 / 4), math.log(4 / 3), generator=chance).exp()
+        aspect = (4 / 3) ** torch.empty(n, 10).uniform_(-1, 1, generator=chance)
         sides = torch.stack([(area / aspect).sqrt().round(), (area * aspect).sqrt().round()])
         limit = torch.tensor([height, width]).view(2, 1, 1)
         fits = ((sides >= 1) & (sides <= limit)).all(0)  # (n, 10)
         sides = sides.gather(2, fits.int().argmax(1).expand(2, n).unsqueeze(2)).squeeze(2).T
-        largest = torch.tensor([min(height, width * 4 // 3), min(width, height * 4 // 3)]).float()
+        largest = torch.tensor([min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))])
         fits = fits.any(1, keepdim=True)
-        sides = torch.where(fits, sides, largest)  # (n, 2)
-        place = torch.where(fits, torch.rand(n, 2, generator=chance), torch.tensor(0.5))
+        sides = torch.where(fits, sides, largest.float())  # (n, 2)
+        place = torch.where(fits, torch.rand(n, 2, generator=chance), torch.tensor(0.4999))
         return torch.cat([(place * (limit.view(2) - sides + 1)).floor(), sides], dim=1)
 
     def draw(self, n, chance):
@@ -292,7 +297,7 @@ class Augment:
                 "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=chance) * lots[:, 2]}
 
     def __call__(self, images, chance, cropped=False):
-        """chance: a generator, see seeded(); cropped: these are crops already, as Files makes them."""
+        """chance: a generator, see seeded(); cropped: they are crops already, as from Files."""
         n, _, height, width = images.shape
         whole = torch.tensor([0.0, 0.0, height, width]).expand(n, 4)
         boxes = whole if cropped else self.boxes(n, height, width, chance)
@@ -412,7 +417,7 @@ _SIMCLR = Augment(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5, bicu
 # MoCo v1's code draws grey before the jitter; here it comes after, as in all others.
 _MOCO_V1 = Augment(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
 _MOCO_V2 = Augment(blur=0.5)
-AUGMENTS = {"simclr": (_SIMCLR, _SIMCLR), "moco_v1": (_MOCO_V1, _MOCO_V1), "moco_v2": (_MOCO_V2, _MOCO_V2)}
+AUGMENTS = {"simclr": (_SIMCLR,) * 2, "moco_v1": (_MOCO_V1,) * 2, "moco_v2": (_MOCO_V2,) * 2}
 
 
 def adapt(augments, size, strength=1.0):
@@ -449,7 +454,8 @@ class Views:
         rows, chance = self.rows(), seeded("views", self.seed, self.epoch, processes()[0])
         cropped = not torch.is_tensor(self.images)
         if cropped:
-            steps = decoded(self.images, rows.tolist(), self.augments, self.workers, (self.seed, self.epoch))
+            key = (self.seed, self.epoch)
+            steps = decoded(self.images, rows.tolist(), self.augments, self.workers, key)
         else:
             steps = ([self.images[r]] * len(self.augments) for r in rows.to(self.device))
         for batch in steps:
@@ -476,7 +482,8 @@ def features(backbone, images, augment, device, workers=0):
     if torch.is_tensor(images):
         parts = (images[r.to(images.device)] for r in rows)
     else:
-        parts = (crops[0] for crops in decoded(images, [r.tolist() for r in rows], [augment], workers))
+        rows = [r.tolist() for r in rows]
+        parts = (crops for crops, in decoded(images, rows, [augment], workers))
     h = torch.cat([backbone(augment.plain(x.to(device))).float() for x in parts])
     if world_size > 1:
         shares = [torch.empty_like(h) for _ in range(world_size)]
@@ -525,7 +532,8 @@ def linear_probe(h, labels, h_test, labels_test, classes):
         head = fit_linear(h[fit], labels[fit], classes, decay)
         return accuracy(head(h[choose]), labels[choose])["top1"]
 
-    return accuracy(fit_linear(h, labels, classes, max(DECAYS, key=held_out_top1))(h_test), labels_test)
+    head = fit_linear(h, labels, classes, max(DECAYS, key=held_out_top1))
+    return accuracy(head(h_test), labels_test)
 
 
 def knn(h, labels, h_test, labels_test, classes, k=200, temperature=0.1):
@@ -548,14 +556,16 @@ def linear_eval(backbone, data, augment, device, classifier=True, epochs=0, work
     for so many epochs on crops and flips, as the papers do. classifier False: kNN alone."""
     if not data.test:
         return {}
-    h, h_test = (features(backbone, part[0], augment, device, workers) for part in (data.train, data.test))
+    h, h_test = (features(backbone, images, augment, device, workers)
+                 for images in (data.train[0], data.test[0]))
     task = (h, data.train[1], h_test, data.test[1], len(data.classes))
-    result = {"knn_top1": knn(*task, k=k), "knn_k": min(k, len(h))}
-    if classifier:
-        found = linear_sgd(backbone, data, augment, device, h_test, epochs, workers) if epochs else (
-            linear_probe(*task))
-        result |= {f"linear_{name}": value for name, value in found.items()}
-    return result
+    found = {}
+    if classifier and epochs:
+        found = linear_sgd(backbone, data, augment, device, h_test, epochs, workers)
+    elif classifier:
+        found = linear_probe(*task)
+    return {"knn_top1": knn(*task, k=k), "knn_k": min(k, len(h))} | {
+        f"linear_{name}": value for name, value in found.items()}
 
 
 def linear_sgd(backbone, data, augment, device, h_test, epochs, workers=0, batch_size=256):
@@ -595,10 +605,10 @@ def linear_sgd(backbone, data, augment, device, h_test, epochs, workers=0, batch
 
 @torch.no_grad()
 def health(z):
-    """Two signs of collapse of an embedding z (B, C): the mean over dimensions of the std of z / |z|,
+    """Two signs of collapse of an embedding z (B, C): the std of z / |z|, averaged over dimensions,
     times sqrt(C) (1 is healthy, 0 collapsed; SimSiam, section 4.1), and the effective rank, the
     exponential of the entropy of the singular values (Roy and Vetterli, 2007)."""
-    z = F.normalize(z.float(), dim=1)
+    z = F.normalize(z.float().cpu(), dim=1)
     share = torch.linalg.svdvals(z)
     share = share / share.sum()
     rank = torch.special.entr(share).sum().exp()
@@ -619,8 +629,9 @@ def report(path, title, log, chance, views, backbone, data, device):
     from matplotlib import pyplot as plt
 
     def show(axis, images, title):
-        grid = torchvision.utils.make_grid(images.cpu().float(), 8, 1, normalize=True, scale_each=True)
-        axis.imshow(grid.permute(1, 2, 0))
+        images = images.cpu().float()
+        grid = torchvision.utils.make_grid(images, 8, 1, normalize=True, scale_each=True)
+        axis.imshow(grid.permute(1, 2, 0).numpy())
         axis.set(title=title, xticks=[], yticks=[])
 
     def curve(axis, key, title, **settings):
@@ -632,12 +643,13 @@ def report(path, title, log, chance, views, backbone, data, device):
     figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
     figure.suptitle(title)
     show(a, torch.cat(batch), f"the {len(batch)} views of eight images, one image a column")
-    curve(b, "loss", "loss" if chance is None else f"loss; dotted: all similarities equal, {chance:.2f}")
+    curve(b, "loss", "loss")
     if chance is not None:
         b.axhline(chance, color="gray", linestyle=":")
-    curve(c, "knn_top1", "kNN top-1 (%), epoch 0 is random weights" if data.test else "kNN needs labels")
-    values = torch.linalg.svdvals(h).cpu()
-    d.semilogy((values / values[0]).clamp(min=1e-6))
+        b.set(title=f"loss; dotted: all similarities equal, {chance:.2f}")
+    curve(c, "knn_top1", "kNN top-1 (%); epoch 0 is random weights")
+    values = torch.linalg.svdvals(h.cpu())
+    d.semilogy((values / values[0]).clamp(min=1e-6).tolist())
     d.set(title="singular values of h: a cliff is a collapse", xlabel="rank")
     curve(e, "std", "std of z times sqrt(C): 1 is healthy, 0 collapsed", ylim=(0, 1.1))
     queries = h[torch.randperm(len(h), generator=seeded("queries"))[:8].to(device)]
@@ -670,7 +682,7 @@ def save(path, content):
 
 
 def load_checkpoint(path):
-    """A checkpoint as it was saved; code in it is never run. Exits with one line where it cannot."""
+    """A checkpoint as it was saved; code in it is never run. Exits with one line if broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -679,8 +691,8 @@ def load_checkpoint(path):
 
 
 def resume(args, world_size):
-    """The checkpoint of an unfinished run in args.out, None where a new run starts there; a run that
-    is finished or has other arguments ends the program with one line, unless args.overwrite."""
+    """The checkpoint of an unfinished run in args.out, or None where a new run starts there. A run
+    that is finished or has other arguments ends the program with one line, or is overwritten."""
     path, finished = Path(args.out, "checkpoint.pt"), Path(args.out, "result.json").exists()
     if not path.exists():
         return None
@@ -696,28 +708,52 @@ def resume(args, world_size):
     return None
 
 
+def record(method, args, log, views, model, optimizer):
+    """Writes checkpoint.pt and log.jsonl after an epoch and prints its line; log[0], the random
+    weights, stands for a run that begins here, in place of a finished one if there was one."""
+    out, line, (rank, world_size) = Path(args.out), log[-1], processes()
+    if rank:
+        return
+    save(out / "checkpoint.pt", {
+        "method": method, "args": vars(args) | {"world_size": world_size}, "epoch": line["epoch"],
+        "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    if line["epoch"] == 0:
+        (out / "result.json").unlink(missing_ok=True)
+        text = "random weights"
+    else:
+        speed = len(views) * args.batch_size / line["seconds"]
+        text = (f"loss {line['loss']:.3f} (chance {model.chance_loss:.2f})  lr {line['lr']:.3g}  "
+                f"std {line['std']:.2f}  rank {line['effective_rank']:.0f}  {speed:.0f} images/s  "
+                f"ETA {(args.epochs - line['epoch']) * line['seconds'] / 60:.1f} min")
+    knn = f"  kNN {line['knn_top1']:.1f} %" if "knn_top1" in line else ""
+    print(f"\repoch {line['epoch']}/{args.epochs}  {text}{knn}", flush=True)
+
+
 def conclude(method, args, data, log, views, model, device):
     """Draws and writes what a finished run leaves in args.out, says so, and returns the result."""
     out, (rank, world_size) = Path(args.out), processes()
     first, last, seconds = log[0], log[-1], sum(line.get("seconds", 0.0) for line in log)
     result = {"method": method, "data": data.name, "arch": args.arch, "epochs": args.epochs,
               "batch_size": args.batch_size, "world_size": world_size,
-              "linear_top1": last.get("linear_top1"), "random_linear_top1": first.get("linear_top1"),
-              "knn_top1": last.get("knn_top1"), "random_knn_top1": first.get("knn_top1"),
-              "knn_k": last.get("knn_k"), "seconds": round(seconds, 1),
+              **{key: last.get(key) for key in ("linear_top1", "linear_top5", "knn_top1", "knn_k")},
+              "random_linear_top1": first.get("linear_top1"),
+              "random_knn_top1": first.get("knn_top1"), "seconds": round(seconds, 1),
               "images_per_second": round(args.epochs * len(views) * args.batch_size / seconds, 1),
               "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
               "torch": torch.__version__, "seed": args.seed}
     title = f"{method} on {data.name}, {args.arch}, {args.epochs} epochs"
     report(out / "report.png", title, log, model.chance_loss, views, model.backbone, data, device)
     if rank == 0:
-        save(out / "backbone.pt", {name: x.cpu() for name, x in model.backbone.state_dict().items()})
+        state = model.backbone.state_dict()
+        save(out / "backbone.pt", {name: value.cpu() for name, value in state.items()})
         save(out / "result.json", json.dumps(result, indent=1) + "\n")
-        print(f"{title}: " + (
-            f"linear top-1 {last['linear_top1']:.1f} % (random weights {first['linear_top1']:.1f} %, "
-            f"chance {100 / len(data.classes):.1f} %), kNN(k={last['knn_k']}, T=.1, cosine) "
-            f"{last['knn_top1']:.1f} %" if data.test else "trained; linear evaluation needs labels")
-            + f". See {out / 'report.png'}", flush=True)
+        found = "trained; linear evaluation needs labels"
+        if data.test:
+            found = (f"linear top-1 {last['linear_top1']:.1f} %, kNN(k={last['knn_k']}, T=.1, "
+                     f"cosine) {last['knn_top1']:.1f} % (random weights: {first['linear_top1']:.1f} % and "
+                     f"{first['knn_top1']:.1f} %; chance: {100 / len(data.classes):.1f} %)")
+        print(f"{title}: {found}. See {out / 'report.png'}", flush=True)
     return result
 
 
@@ -773,8 +809,10 @@ def main():
                         "folder of over 100,000 large images, else 0: fitted on whole images")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     args = parser.parse_args()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else (
-        torch.device("cpu"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     backbone, augment, name = load_backbone(args.checkpoint)

@@ -18,7 +18,6 @@ Measured: not yet run."""
 import argparse
 import copy
 import inspect
-import json
 import math
 import os
 import re
@@ -37,7 +36,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from common import (AUGMENTS, Views, adapt, conclude, fail, health, linear_eval, load, processes,
-                    recipe_for, resume, save, seeded)
+                    recipe_for, record, resume, seeded)
 
 METHOD = "moco_v2"
 
@@ -66,13 +65,13 @@ class Args:
     overwrite: bool = False  # start anew over a run that is finished or has other arguments
 
 
-RECIPES = {  # minutes on two cores; one GPU (the authors' CIFAR demo); the paper's own (section 3)
+RECIPES = {  # minutes on two cores; one GPU (the authors' CIFAR demo); the paper (section 3)
     "recipe":         ("patterns", "cifar10",  "imagenet"),
     "arch":           ("thin",     "resnet18", "resnet50"),
     "size":           (32,         32,         224),
     "epochs":         (20,         200,        200),
     "batch_size":     (64,         512,        256),
-    "lr":             (0.06,       0.03,       0.03),
+    "lr":             (0.12,       0.03,       0.03),
     "weight_decay":   (1e-4,       5e-4,       1e-4),
     "temperature":    (0.2,        0.2,        0.2),
     "projection_dim": (128,        128,        128),
@@ -106,11 +105,11 @@ class MoCo(nn.Module):
         return self.encoder_q.backbone
 
     def forward(self, x_q, x_k):
-        q = F.normalize(self.encoder_q(x_q).float(), dim=1)  # (B, C)
+        q = F.normalize(self.encoder_q(x_q), dim=1)  # (B, C)
         with torch.no_grad():  # no gradient to keys
             ema_update(self.encoder_q, self.encoder_k, self.ema_momentum)
             x_k, permutation = shuffle(x_k)
-            k = F.normalize(self.encoder_k(x_k).float(), dim=1)  # (B, C)
+            k = F.normalize(self.encoder_k(x_k), dim=1)  # (B, C)
             k = unshuffle(k, permutation)
         # A copy of the queue: backward needs it as it is now, and enqueue writes into it.
         loss = info_nce(q, k, self.queue.clone(), self.temperature)
@@ -119,6 +118,7 @@ class MoCo(nn.Module):
         return loss
 
 
+@torch.autocast("cuda", enabled=False)  # logits in full precision
 def info_nce(q, k, queue, temperature):
     """Equation 1: q, k (B, C) and queue (K, C), normalised -> mean over the B queries."""
     positive = (q * k).sum(dim=1, keepdim=True)  # (B, 1)
@@ -203,11 +203,12 @@ def unshuffle(k, permutation):
 
 
 def build_model(args, images, device):
-    (k, b), (groups, world_size) = (args.queue_size, args.batch_size), (args.bn_groups, processes()[1])
-    if k % b or k > images:
-        fail(f"--queue-size {k}: not a multiple of --batch-size {b}, or above the {images} images")
-    if groups % world_size or b % groups:
-        fail(f"--bn-groups {groups}: not a multiple of {world_size} processes or no divisor of {b}")
+    queue, batch, groups = args.queue_size, args.batch_size, args.bn_groups
+    world_size = processes()[1]
+    if queue % batch or queue > images:
+        fail(f"--queue-size {queue}: no multiple of --batch-size {batch}, or over {images} images")
+    if groups % world_size or batch % groups:
+        fail(f"--bn-groups {groups}: no multiple of {world_size} processes or divisor of {batch}")
     return MoCo(args).to(device, memory_format=torch.channels_last)
 
 
@@ -281,7 +282,7 @@ def parse_args(argv=None):
 
 
 def train(args):
-    device, (rank, world_size), out = launch(), processes(), Path(args.out)
+    device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)
@@ -296,11 +297,9 @@ def train(args):
     log = checkpoint["log"] if checkpoint else [{"epoch": 0} | evaluate()]  # 0: random weights
     if args.compile:
         model.compile()
-    network = model if world_size == 1 else nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False)
-    if rank == 0 and not checkpoint:
-        save(out / "log.jsonl", json.dumps(log[0]) + "\n")
-        (out / "result.json").unlink(missing_ok=True)
+    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    if not checkpoint:
+        record(METHOD, args, log, views, model, optimizer)
 
     for epoch in range(len(log), args.epochs + 1):
         views.set_epoch(epoch)
@@ -323,20 +322,11 @@ def train(args):
             dist.all_reduce(total)
         seconds, loss = time.time() - start, total.item() / len(views) / world_size
         if not math.isfinite(loss):
-            fail(f"the loss of epoch {epoch} is not finite; {out} keeps the epoch before it")
+            fail(f"the loss of epoch {epoch} is not finite; {args.out} keeps the epoch before it")
         log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             log[-1] |= evaluate(classifier=epoch == args.epochs)
-        if rank == 0:
-            save(out / "checkpoint.pt", {
-                "method": METHOD, "args": vars(args) | {"world_size": world_size}, "epoch": epoch,
-                "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            save(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-            print(f"\repoch {epoch}/{args.epochs}  loss {loss:.3f} (chance {model.chance_loss:.2f})"
-                  f"  lr {lr:.3g}  std {log[-1]['std']:.2f}  rank {log[-1]['effective_rank']:.0f}  "
-                  f"{len(views) * args.batch_size / seconds:.0f} images/s  "
-                  f"ETA {(args.epochs - epoch) * seconds / 60:.1f} min"
-                  + (f"  kNN {log[-1]['knn_top1']:.1f} %" if "knn_top1" in log[-1] else ""))
+        record(METHOD, args, log, views, model, optimizer)
     return conclude(METHOD, args, data, log, views, model, device)
 
 

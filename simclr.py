@@ -17,7 +17,6 @@ Letters: B images a process, W processes, D features, C embedding.
 Measured: not yet run."""
 import argparse
 import inspect
-import json
 import math
 import os
 import re
@@ -36,7 +35,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from common import (AUGMENTS, Views, adapt, conclude, fail, health, linear_eval, load, processes,
-                    recipe_for, resume, save, seeded)
+                    recipe_for, record, resume, seeded)
 
 METHOD = "simclr"
 
@@ -100,15 +99,15 @@ class SimCLR(nn.Module):
     def forward(self, x1, x2):
         # Both views in one pass: batch normalisation sees all 2 B of them, as in the official code.
         z = self.encoder(torch.cat([x1, x2]))  # (2 B, C)
-        z1, z2 = F.normalize(z.float(), dim=1).chunk(2)  # (B, C) each
+        z1, z2 = F.normalize(z, dim=1).chunk(2)  # (B, C) each
         self.z = z1.detach()  # for the health figures
         return nt_xent(z1, z2, self.temperature)
 
 
+@torch.autocast("cuda", enabled=False)  # logits in full precision
 def nt_xent(z1, z2, temperature):
-    """Equation 1 and algorithm 1: z1, z2 (B, C), normalised -> mean over the 2 B rows of this process.
-
-    Each view is classified among the 2 W B - 1 others, those of the other processes included."""
+    """Equation 1, algorithm 1: z1, z2 (B, C), normalised -> the mean over this process's 2 B views,
+    each classified among the 2 W B - 1 others, those of the other processes included."""
     (rank, world_size), n = processes(), len(z1)
     z = torch.cat([gather(z1), gather(z2)])  # (2 W B, C)
     logits = torch.cat([z1, z2]) @ z.T / temperature  # (2 B, 2 W B)
@@ -193,7 +192,7 @@ def gather(x):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al., 2017): each weight's gradient is scaled to a thousandth
+    """Layer-wise adaptive rates (You et al., 2017): a weight's gradient is scaled to a thousandth
     of the weight's norm. One-dimensional parameters (biases, normalisation) are neither scaled nor
     decayed. The learning rate enters the momentum buffer, as in the official code."""
 
@@ -252,7 +251,7 @@ def parse_args(argv=None):
 
 
 def train(args):
-    device, (rank, world_size), out = launch(), processes(), Path(args.out)
+    device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)
@@ -267,11 +266,9 @@ def train(args):
     log = checkpoint["log"] if checkpoint else [{"epoch": 0} | evaluate()]  # 0: random weights
     if args.compile:
         model.compile()
-    network = model if world_size == 1 else nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False)
-    if rank == 0 and not checkpoint:
-        save(out / "log.jsonl", json.dumps(log[0]) + "\n")
-        (out / "result.json").unlink(missing_ok=True)
+    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    if not checkpoint:
+        record(METHOD, args, log, views, model, optimizer)
 
     for epoch in range(len(log), args.epochs + 1):
         views.set_epoch(epoch)
@@ -294,20 +291,11 @@ def train(args):
             dist.all_reduce(total)
         seconds, loss = time.time() - start, total.item() / len(views) / world_size
         if not math.isfinite(loss):
-            fail(f"the loss of epoch {epoch} is not finite; {out} keeps the epoch before it")
+            fail(f"the loss of epoch {epoch} is not finite; {args.out} keeps the epoch before it")
         log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})
         if epoch % args.eval_every == 0 or epoch == args.epochs:
             log[-1] |= evaluate(classifier=epoch == args.epochs)
-        if rank == 0:
-            save(out / "checkpoint.pt", {
-                "method": METHOD, "args": vars(args) | {"world_size": world_size}, "epoch": epoch,
-                "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            save(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-            print(f"\repoch {epoch}/{args.epochs}  loss {loss:.3f} (chance {model.chance_loss:.2f})"
-                  f"  lr {lr:.3g}  std {log[-1]['std']:.2f}  rank {log[-1]['effective_rank']:.0f}  "
-                  f"{len(views) * args.batch_size / seconds:.0f} images/s  "
-                  f"ETA {(args.epochs - epoch) * seconds / 60:.1f} min"
-                  + (f"  kNN {log[-1]['knn_top1']:.1f} %" if "knn_top1" in log[-1] else ""))
+        record(METHOD, args, log, views, model, optimizer)
     return conclude(METHOD, args, data, log, views, model, device)
 
 

@@ -1,0 +1,215 @@
+"""The evaluation is honest: frozen to the bit, nothing chosen on the test set, numbers anyone gets."""
+import json
+import math
+
+import pytest
+import simclr
+import torch
+import torchvision
+from conftest import ROOT, error_line, run, small_args, torchrun, words
+from torch import nn
+
+import common
+
+
+def toy(n=300, classes=5, noise=1.0, seed=0):
+    """Features of classes with random centres, (N, 16), and labels (N,)."""
+    chance = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 16, generator=torch.Generator().manual_seed(7))
+    labels = torch.arange(n) % classes
+    return centres[labels] + noise * torch.randn(n, 16, generator=chance), labels
+
+
+def small_data(folder):
+    return common.load(str(folder))
+
+
+def test_the_backbone_is_untouched_to_the_bit(folder):
+    model = simclr.SimCLR(small_args(simclr))
+    model(torch.randn(16, 3, 32, 32), torch.randn(16, 3, 32, 32))  # running statistics have moved
+    before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
+    data, augment = small_data(folder), common.adapt(common.AUGMENTS["simclr"], 32)[0]
+    for epochs in (0, 1):
+        result = common.linear_eval(model.backbone, data, augment, "cpu", epochs=epochs)
+        assert set(result) == {"linear_top1", "knn_top1", "knn_k"} and result["knn_k"] == 80
+    after = model.backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert model.training and model.backbone.training
+    assert all(p.requires_grad and p.grad is None for p in model.backbone.parameters())
+
+
+def test_features_are_those_of_eval_mode(folder):
+    model = simclr.SimCLR(small_args(simclr))
+    data, augment = small_data(folder), common.Augment(size=32)
+    h = common.features(model.backbone, data.train[0], augment, "cpu")
+    model.eval()
+    expected = torch.cat([model.backbone(augment.plain(x[None])) for x in data.train[0]])
+    assert torch.allclose(h, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("k, temperature", [(7, 0.1), (200, 0.5)])
+def test_knn_is_the_plain_one(k, temperature):
+    (h, labels), (h_test, truth) = toy(), toy(60, seed=1)
+    correct = 0
+    for x, y in zip(h_test.double(), truth):
+        cosine = [float(x @ t / x.norm() / t.norm()) for t in h.double()]
+        nearest = sorted(range(len(h)), key=lambda i: -cosine[i])[:k]
+        votes = [0.0] * 5
+        for i in nearest:
+            votes[labels[i]] += math.exp(cosine[i] / temperature)
+        correct += votes.index(max(votes)) == y
+    assert common.knn(h, labels, h_test, truth, 5, k, temperature) == pytest.approx(100 * correct / 60)
+
+
+def test_fitted_classifier_is_at_the_minimum():
+    h, labels = toy()
+    head = common.fit_linear(h, labels, 5, 1e-2)
+    weight, bias = nn.Parameter(torch.zeros(5, 16)), nn.Parameter(torch.zeros(5))
+    optimizer = torch.optim.SGD([weight, bias], lr=0.3)
+    for _ in range(3000):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(h @ weight.T + bias, labels) + 1e-2 * weight.square().sum()
+        loss.backward()
+        optimizer.step()
+    assert torch.allclose(head.weight, weight, atol=2e-3)
+
+
+def test_linear_probe_finds_what_is_linear():
+    (h, labels), (h_test, truth) = toy(noise=0.5), toy(100, noise=0.5, seed=1)
+    assert common.linear_probe(h, labels, h_test, truth, 5)["top1"] > 95
+    useless = torch.randn(300, 16), torch.randn(100, 16)
+    assert common.linear_probe(useless[0], labels, useless[1], truth, 5)["top1"] < 40
+
+
+def test_nothing_is_chosen_on_the_test_set(monkeypatch):
+    """With other test labels the same classifiers are fitted with the same decays."""
+    (h, labels), (h_test, truth) = toy(noise=2.0), toy(100, noise=2.0, seed=1)
+    fits, fit_linear = [], common.fit_linear
+
+    def recorded(h, labels, classes, decay):
+        head = fit_linear(h, labels, classes, decay)
+        fits.append((decay, head.weight))
+        return head
+
+    monkeypatch.setattr(common, "fit_linear", recorded)
+    common.linear_probe(h, labels, h_test, truth, 5)
+    common.linear_probe(h, labels, h_test, truth.roll(7), 5)
+    first, second = fits[:len(fits) // 2], fits[len(fits) // 2:]
+    assert len(first) == len(common.DECAYS) + 1
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(first, second))
+
+
+def test_held_out_rows_are_a_fifth_and_always_the_same():
+    fit, choose = common.held_out(100)
+    assert len(choose) == 20 and sorted([*fit.tolist(), *choose.tolist()]) == list(range(100))
+    assert torch.equal(choose, common.held_out(100)[1])
+
+
+def test_top5_where_there_are_more_than_ten_classes():
+    scores = torch.eye(12) + torch.arange(12) / 100
+    assert common.accuracy(scores, torch.arange(12)) == {"top1": 100, "top5": 100}
+    found = common.accuracy(scores, torch.tensor([11] * 12))
+    assert found["top1"] == pytest.approx(100 / 12) and found["top5"] == 100
+    assert common.accuracy(scores[:, :10], torch.arange(12).clamp(max=9)).keys() == {"top1"}
+
+
+def test_health():
+    torch.manual_seed(0)
+    healthy = common.health(torch.randn(512, 64))
+    assert healthy["std"] == pytest.approx(1, abs=0.02) and healthy["effective_rank"] > 55
+    collapsed = common.health(torch.randn(1, 64).expand(512, 64) + 1e-4 * torch.randn(512, 64))
+    assert collapsed["std"] < 0.01 and collapsed["effective_rank"] < 1.2
+    line = common.health(torch.randn(512, 2) @ torch.randn(2, 64))
+    assert line["effective_rank"] == pytest.approx(2, abs=0.1)
+
+
+def test_sgd_on_crops_and_flips_learns():
+    """The papers' protocol on pixels averaged to 4 x 4, which tell dark from light."""
+    backbone = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    images, labels = torch.randint(0, 256, (200, 3, 32, 32)), torch.arange(200) % 2
+    images = (images // 2 + 100 * labels.view(-1, 1, 1, 1)).byte()
+    data = common.Data("toy", images, (images, labels), (images[:50], labels[:50]), ["dark", "light"])
+    augment = common.Augment(size=32)
+    result = common.linear_eval(backbone, data, augment, "cpu", epochs=3)
+    assert result["linear_top1"] == 100
+
+
+def test_two_processes_measure_what_one_measures(folder, tmp_path):
+    simclr.main(small_args(simclr, data=folder, out=tmp_path, epochs=1))
+    command = ("common.py", tmp_path / "checkpoint.pt", "--data", folder, "--workers", 0)
+    one, two = run(*command), torchrun(2, *command)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert one.stdout == two.stdout and "simclr, thin, epoch 1" in one.stdout
+    found = json.loads(one.stdout.splitlines()[-1])
+    trained = json.loads((tmp_path / "result.json").read_text())
+    assert found["linear_top1"] == pytest.approx(trained["linear_top1"])
+    assert found["knn_top1"] == pytest.approx(trained["knn_top1"])
+
+
+def official(layout, resnet="resnet18"):
+    """A state dict as the official code of a method saves it: random weights of its constructor."""
+    body = {k: v for k, v in getattr(torchvision.models, resnet)().state_dict().items() if "fc." not in k}
+    head = {"0.weight": torch.zeros(4, 4)}
+
+    def under(prefix, state):
+        return {prefix + name: value for name, value in state.items()}
+
+    queue = {"module.queue": torch.zeros(4, 8), "module.queue_ptr": torch.zeros(1).long()}
+    return {
+        "moco": {"epoch": 200, "arch": resnet, "state_dict": queue | under("module.encoder_q.", body)
+                 | under("module.encoder_q.fc.", head) | under("module.encoder_k.", body)},
+        "moco_v3": {"state_dict": under("module.base_encoder.", body)
+                    | under("module.momentum_encoder.", body) | under("module.predictor.", head)},
+        "simsiam": {"state_dict": under("module.encoder.", body) | under("module.encoder.fc.", head)
+                    | under("module.predictor.", head)},
+        "barlow": {"epoch": 1, "model": under("module.backbone.", body)
+                   | under("module.projector.", head)},
+        "swav": under("module.", body) | under("module.projection_head.", head)
+        | {"module.prototypes.weight": torch.zeros(4, 4)},
+        "densecl": {"state_dict": under("encoder_q.0.", body) | under("encoder_q.1.mlp.", head)
+                    | under("backbone.", body)},
+        "torchvision": getattr(torchvision.models, resnet)().state_dict(),
+    }[layout], body
+
+
+@pytest.mark.parametrize("layout, resnet, dropped", [
+    ("moco", "resnet50", "encoder_k, fc, queue, queue_ptr"),
+    ("moco_v3", "resnet18", "momentum_encoder, predictor"),
+    ("simsiam", "resnet18", "fc, predictor"),
+    ("barlow", "resnet18", "projector"),
+    ("swav", "resnet50", "projection_head, prototypes"),
+    ("densecl", "resnet18", "backbone, encoder_q"),
+    ("torchvision", "resnet34", "fc"),
+])
+def test_official_checkpoints_are_recognised(layout, resnet, dropped, tmp_path):
+    state, body = official(layout, resnet)
+    torch.save(state, tmp_path / "official.pth")
+    backbone, augment, description = common.load_backbone(tmp_path / "official.pth")
+    loaded = backbone.state_dict()
+    assert resnet in description and description.endswith(f"left out: {dropped}"), description
+    assert loaded.keys() == body.keys() and augment.size == 224
+    if layout != "torchvision":
+        assert all(torch.equal(loaded[name], body[name]) for name in body)
+
+
+def test_what_is_no_backbone_is_refused(tmp_path, capsys):
+    path = tmp_path / "x.pth"
+    state, _ = official("moco")
+    for content, part in (
+        ({"weights": torch.zeros(2)}, "no ResNet"),
+        ([1, 2], "no weights"),
+        ({k: v for k, v in state["state_dict"].items() if "layer4" not in k}, "of no ResNet"),
+    ):
+        torch.save(content, path)
+        assert part in error_line(capsys, common.load_backbone, path)
+    path.write_bytes(b"not a checkpoint")
+    assert "not a readable checkpoint" in error_line(capsys, common.load_backbone, path)
+
+
+def test_backbone_file_loads_in_torchvision(folder, tmp_path):
+    simclr.main(small_args(simclr, data=folder, out=tmp_path, epochs=1, arch="resnet18", size=96))
+    model = torchvision.models.resnet18()
+    missing, unexpected = model.load_state_dict(
+        torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+    assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
+    assert (ROOT / "simclr.py").exists() and words(simclr)
