@@ -278,9 +278,9 @@ class Augment:
         limit = torch.tensor([height, width]).view(2, 1, 1)
         fits = ((sides >= 1) & (sides <= limit)).all(0)  # (n, 10)
         sides = sides.gather(2, fits.int().argmax(1).expand(2, n).unsqueeze(2)).squeeze(2).T
-        largest = torch.tensor([min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))])
+        largest = [min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))]
         fits = fits.any(1, keepdim=True)
-        sides = torch.where(fits, sides, largest.float())  # (n, 2)
+        sides = torch.where(fits, sides, torch.tensor(largest).float())  # (n, 2)
         place = torch.where(fits, torch.rand(n, 2, generator=chance), torch.tensor(0.4999))
         return torch.cat([(place * (limit.view(2) - sides + 1)).floor(), sides], dim=1)
 
@@ -495,7 +495,7 @@ def features(backbone, images, augment, device, workers=0):
 def accuracy(scores, labels):
     """{"top1": percent}, and "top5" where there are more than ten classes."""
     hits = scores.topk(min(5, scores.shape[1])).indices == labels.unsqueeze(1)
-    return {f"top{k}": 100 * hits[:, :k].any(1).float().mean().item()
+    return {f"top{k}": 100 * hits[:, :k].any(1).sum().item() / len(labels)
             for k in ((1, 5) if scores.shape[1] > 10 else (1,))}
 
 
@@ -678,6 +678,10 @@ def save(path, content):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        try:
+            beside.unlink(missing_ok=True)
+        except OSError:
+            pass
         fail(f"cannot write {path} ({error.strerror}); what was there before is kept")
 
 
@@ -690,16 +694,21 @@ def load_checkpoint(path):
         fail(f"{path} is not a readable checkpoint ({reason})")
 
 
-def resume(args, world_size):
+def resume(method, args, world_size):
     """The checkpoint of an unfinished run in args.out, or None where a new run starts there. A run
     that is finished or has other arguments ends the program with one line, or is overwritten."""
     path, finished = Path(args.out, "checkpoint.pt"), Path(args.out, "result.json").exists()
     if not path.exists():
         return None
-    checkpoint, new = load_checkpoint(path), vars(args) | {"world_size": world_size}
-    old, free = checkpoint["args"], ("workers", "root", "out", "compile", "overwrite")
+    checkpoint, new = load_checkpoint(path), vars(args) | {"processes": world_size}
+    try:
+        old = checkpoint["args"] | {"processes": checkpoint["world_size"]}
+    except (KeyError, TypeError):
+        fail(f"{path} is not a checkpoint of this program: name another --out")
+    free = ("workers", "root", "out", "compile", "overwrite")  # these do not change the result
     differ = [f"--{name.replace('_', '-')} {old.get(name)} there, {value} here"
               for name, value in new.items() if name not in free and old.get(name) != value]
+    differ += [f"method {checkpoint['method']}"] if checkpoint["method"] != method else []
     if not differ and not finished:
         return checkpoint
     if not args.overwrite:
@@ -715,7 +724,7 @@ def record(method, args, log, views, model, optimizer):
     if rank:
         return
     save(out / "checkpoint.pt", {
-        "method": method, "args": vars(args) | {"world_size": world_size}, "epoch": line["epoch"],
+        "method": method, "args": vars(args), "world_size": world_size, "epoch": line["epoch"],
         "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
     save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     if line["epoch"] == 0:
@@ -750,9 +759,10 @@ def conclude(method, args, data, log, views, model, device):
         save(out / "result.json", json.dumps(result, indent=1) + "\n")
         found = "trained; linear evaluation needs labels"
         if data.test:
-            found = (f"linear top-1 {last['linear_top1']:.1f} %, kNN(k={last['knn_k']}, T=.1, "
-                     f"cosine) {last['knn_top1']:.1f} % (random weights: {first['linear_top1']:.1f} % and "
-                     f"{first['knn_top1']:.1f} %; chance: {100 / len(data.classes):.1f} %)")
+            found = (f"linear top-1 {last['linear_top1']:.1f} % (random weights "
+                     f"{first['linear_top1']:.1f} %), kNN(k={last['knn_k']}, T=.1, cosine) "
+                     f"{last['knn_top1']:.1f} % (random weights {first['knn_top1']:.1f} %), "
+                     f"chance {100 / len(data.classes):.1f} %")
         print(f"{title}: {found}. See {out / 'report.png'}", flush=True)
     return result
 
@@ -788,8 +798,8 @@ def load_backbone(path):
             backbone, augment = getattr(torchvision.models, name)(), Augment()
             backbone.fc = nn.Identity()
             shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-            if all(body[key].shape == shape for key, shape in shapes.items() if key in body) and (
-                    shapes.keys() <= body.keys()):
+            stages = {key.split(".")[0] for key in shapes}
+            if shapes == {k: v.shape for k, v in body.items() if k.split(".")[0] in stages}:
                 break
         else:
             fail(f"{path}: {LAYOUTS[prefix]}, but of no ResNet among {', '.join(RESNETS)}")
@@ -802,6 +812,7 @@ def load_backbone(path):
 
 def main():
     parser = argparse.ArgumentParser(description="Linear evaluation and kNN of a saved backbone.")
+    parser.error = fail
     parser.add_argument("checkpoint")
     parser.add_argument("--data", default="patterns")
     parser.add_argument("--root", default="data", help="where torchvision keeps its data sets")

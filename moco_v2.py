@@ -275,7 +275,8 @@ def parse_args(argv=None):
     args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
     for name, value in vars(args).items():
         least = 0 if name in ("seed", "workers", "weight_decay", "warmup_epochs") else 1e-9
-        if type(value) in (int, float) and not least <= value < 1e9:
+        most = 1 if name == "ema_momentum" else 1e9
+        if type(value) in (int, float) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: out of range")
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
@@ -284,13 +285,13 @@ def parse_args(argv=None):
 def train(args):
     device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
+    augments = adapt(AUGMENTS[METHOD], args.size)
+    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)
     optimizer = build_optimizer(args, model)
-    augments = adapt(AUGMENTS[METHOD], args.size)
-    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
     evaluate = partial(linear_eval, model.backbone, data, augments[0], device, workers=args.workers)
-    checkpoint = resume(args, world_size)
+    checkpoint = resume(METHOD, args, world_size)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])

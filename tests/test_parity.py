@@ -45,7 +45,7 @@ def synchronise(module):
 
 
 def step(rank, world_size, name, path, breakage=None):
-    """One loss and backward on this process's share of a fixed batch; rank 0 saves what came out."""
+    """Loss and backward on this process's share of a fixed batch; rank 0 saves what came out."""
     if world_size > 1:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", f"file://{path}.store", rank=rank, world_size=world_size)

@@ -1,0 +1,180 @@
+"""What a user can get wrong: one clear line, exit code 2, nothing overwritten or lost."""
+import errno
+import resource
+import shutil
+
+import moco_v1
+import numpy
+import pytest
+import simclr
+import torch
+from conftest import error_line, run, small_args, torchrun, words
+from PIL import Image
+
+import common
+
+
+@pytest.mark.parametrize("flags, part", [
+    (["--data", "nowhere"], "no such folder"),
+    (["--recipe", "cifar"], "not one of patterns, cifar10, imagenet"),
+    (["--epochs", "many"], "invalid int value"),
+    (["--epochs", "0"], "--epochs 0: out of range"),
+    (["--lr", "nan"], "--lr nan: out of range"),
+    (["--lr", "inf"], "--lr inf: out of range"),
+    (["--temperature", "-1"], "--temperature -1.0: out of range"),
+    (["--batch-size", "-64"], "out of range"),
+    (["--bath-size", "64"], "unrecognized arguments"),
+    (["--arch", "resnet51"], "--arch resnet51: neither thin nor"),
+    (["--arch", "load_state_dict"], "neither thin nor"),
+    (["--batch-size", "5000"], "has only 4000 images"),
+])
+def test_flags(script, flags, part, tmp_path, capsys):
+    def program():
+        script.main(script.parse_args([*flags, "--out", str(tmp_path / "run")]))
+
+    assert part in error_line(capsys, program)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, part", [
+    ({"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
+    ({"queue_size": 96}, "over 80 images"),
+    ({"bn_groups": 3}, "--bn-groups 3"),
+    ({"ema_momentum": 1.5}, "--ema-momentum 1.5: out of range"),
+])
+def test_flags_of_moco(flags, part, folder, tmp_path, capsys):
+    def program():
+        moco_v1.main(small_args(moco_v1, data=folder, out=tmp_path / "run", **flags))
+
+    assert part in error_line(capsys, program)
+
+
+def test_a_batch_that_the_processes_cannot_share(folder, tmp_path):
+    ran = torchrun(2, "simclr.py", *words(simclr, recipe="patterns", data=folder, out=tmp_path,
+                                          batch_size=15))
+    assert ran.returncode and "--batch-size 15 cannot be shared by 2 processes" in ran.stderr
+
+
+def test_folders(folder, tmp_path, capsys):
+    def load(name="x"):
+        return error_line(capsys, common.load, str(tmp_path / name))
+
+    (tmp_path / "x").mkdir()
+    assert "0 image(s)" in load()
+    Image.new("RGB", (32, 32)).save(tmp_path / "x" / "one.png")
+    assert "1 image(s)" in load()
+    (tmp_path / "x" / "two.png").write_bytes(b"no image")
+    assert "two.png" in load()
+    shutil.copytree(folder, tmp_path / "y")
+    (tmp_path / "y" / "train" / "void").mkdir()
+    assert "void" in load("y")
+    shutil.rmtree(tmp_path / "y" / "train" / "void")
+    shutil.rmtree(tmp_path / "y" / "val" / "dots")
+    assert "different classes" in load("y")
+
+
+def test_truncated_jpeg_is_named(folder, photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    path = tmp_path / "photos" / "07.jpg"
+    path.write_bytes(path.read_bytes()[:1500])
+    for workers in (0, 2):
+        args = small_args(simclr, data=tmp_path / "photos", out=tmp_path / "run", size=64, batch_size=10,
+                          workers=workers)
+        line = error_line(capsys, simclr.main, args)
+        assert "07.jpg" in line and "truncated" in line
+
+
+def test_kinds_of_images(tmp_path):
+    colour = numpy.array(Image.linear_gradient("L").resize((32, 32)))
+    rgb = Image.fromarray(numpy.stack([colour, 255 - colour, colour // 2], axis=2))
+    expected = {"rgb.png": rgb, "palette.png": rgb.quantize(256).convert("RGB"), "grey.png": rgb.convert("L"),
+                "sixteen.png": rgb.convert("L"), "alpha.png": rgb, "cmyk.jpg": rgb}
+    rgb.save(tmp_path / "rgb.png")
+    rgb.quantize(256).save(tmp_path / "palette.png")
+    rgb.convert("L").save(tmp_path / "grey.png")
+    grey = numpy.array(rgb.convert("L")).astype("uint16") * 256
+    Image.fromarray(grey).save(tmp_path / "sixteen.png")
+    alpha = rgb.convert("RGBA")
+    alpha.putpixel((0, 0), (0, 0, 0, 0))
+    alpha.save(tmp_path / "alpha.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    for name, image in expected.items():
+        ours = numpy.array(common.read_image(tmp_path / name)).astype(int)
+        theirs = numpy.array(image.convert("RGB")).astype(int)
+        if name == "alpha.png":
+            assert (ours[0, 0] == 255).all()  # transparent: white
+            ours[0, 0] = theirs[0, 0]
+        assert abs(ours - theirs).max() <= (12 if name == "cmyk.jpg" else 1), name
+    data = common.load(str(tmp_path))
+    assert data.pretrain.shape == (6, 3, 32, 32)
+
+
+def test_jpegs_are_decoded_coarsely_but_never_too_small(tmp_path):
+    Image.effect_noise((1600, 1200), 50).convert("RGB").save(tmp_path / "large.jpg")
+    assert common.read_image(tmp_path / "large.jpg").size == (1600, 1200)
+    assert common.read_image(tmp_path / "large.jpg", least=500).size == (800, 600)
+    assert common.read_image(tmp_path / "large.jpg", least=700).size == (1600, 1200)
+
+
+def test_truncated_checkpoint_and_wrong_checkpoint(folder, tmp_path, capsys):
+    args = small_args(simclr, data=folder, out=tmp_path, epochs=1)
+    simclr.main(args)
+    (tmp_path / "result.json").unlink()
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    assert "not a readable checkpoint" in error_line(capsys, simclr.main, args)
+    assert path.stat().st_size == len(whole) // 2
+    torch.save({"weights": 1}, path)
+    assert "not a checkpoint of this program" in error_line(capsys, simclr.main, args)
+    path.write_bytes(whole)
+    assert "--temperature 0.2 there, 0.3 here" in error_line(
+        capsys, simclr.main, small_args(simclr, data=folder, out=tmp_path, epochs=1, temperature=0.3))
+    simclr.main(args)  # what was finished but for its result is finished now
+
+
+def test_no_place_to_write(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    args = small_args(simclr, data=folder, out=tmp_path / "file" / "run")
+    assert "cannot write" in error_line(capsys, simclr.main, args)
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, capsys):
+    """A limit on the size of files stands in for the disk: the write fails half-way, for real."""
+    path = tmp_path / "checkpoint.pt"
+    common.save(path, {"x": torch.zeros(10)})
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        line = error_line(capsys, common.save, path, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in line and "kept" in line and errno.EFBIG
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
+    assert "not a readable checkpoint" in error_line(capsys, common.load_checkpoint, tmp_path / "bomb.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_data_set_out_of_reach_says_what_to_put_where(tmp_path, monkeypatch, capsys):
+    def unreachable(*arguments, **settings):
+        raise OSError("no network")
+
+    monkeypatch.setattr(common.TORCHVISION["cifar10"], "download", unreachable)
+    line = error_line(capsys, common.load, "cifar10", str(tmp_path))
+    assert "cifar-10-python.tar.gz" in line and str(tmp_path) in line
+
+
+def test_evaluation_program(folder, tmp_path):
+    ran = run("common.py", tmp_path / "none.pt")
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
+    ran = run("common.py")
+    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
