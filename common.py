@@ -62,6 +62,11 @@ class Data:
     test: tuple = ()
     classes: list = ()
 
+    @property
+    def large(self):
+        """Of ImageNet's size: linear evaluation is trained for hours, as in the papers."""
+        return bool(self.train) and len(self.train[0]) > 100_000
+
 
 def patterns(n, seed=0):
     """n images of ten families of pattern drawn from a seed: uint8 (n, 3, 32, 32), labels (n,).
@@ -168,33 +173,42 @@ def load_folder(folder):
         fail(f"--data {folder}: no such folder, nor one of patterns, {', '.join(TORCHVISION)}")
     train, classes = folder / "train", []
     test = next((folder / part for part in ("val", "test") if (folder / part).is_dir()), None)
-    if train.is_dir() and test:
+    if test and train.is_dir() and any(path.is_dir() for path in train.iterdir()):
         try:
             found = {"train": torchvision.datasets.ImageFolder(train),
                      "test": torchvision.datasets.ImageFolder(test)}
         except OSError as error:  # a class without images, say
             fail(f"--data {folder}: {str(error).split(' Supported')[0]}")
-        if found["train"].classes != found["test"].classes:
-            fail(f"--data {folder}: {train.name} and {test.name} hold different classes")
         classes = found["train"].classes
-        sets = {part: [list(x) for x in zip(*s.samples)] for part, s in found.items()}
-        sets = {part: [paths, torch.tensor(labels)] for part, (paths, labels) in sets.items()}
+        if classes != found["test"].classes:
+            fail(f"--data {folder}: {train.name} and {test.name} hold different classes")
+        sets = {part: ([path for path, _ in s.samples], torch.tensor(s.targets))
+                for part, s in found.items()}
     else:
-        sets = {"pretrain": [sorted(image_files(folder))]}
+        sets = {"pretrain": (sorted(image_files(folder)),)}
     first = next(iter(sets.values()))[0]
     if len(first) < 2:
         fail(f"--data {folder}: {len(first)} image(s) found; it takes at least two")
     if is_small(first[0]):
         try:
-            stacks = {part: torch.stack([TF.pil_to_tensor(read_image(p)) for p in pair[0]])
-                      for part, pair in sets.items()}
-            if len({x.shape[1:] for x in stacks.values()}) == 1:
-                sets = {part: [x, *sets[part][1:]] for part, x in stacks.items()}
+            whole = stack([path for paths, *_ in sets.values() for path in paths])
         except BrokenImage as error:
             fail(error)
-        except RuntimeError:
-            pass  # not all of one size: decoded batch by batch, like large images
+        if whole is not None:
+            parts = whole.split([len(paths) for paths, *_ in sets.values()])
+            sets = {part: (images, *rest)
+                    for images, (part, (_, *rest)) in zip(parts, sets.items())}
     return sets, classes
+
+
+def stack(paths):
+    """The images as one tensor (N, 3, H, W), or None where they are of several sizes."""
+    images = []
+    for path in paths:
+        images.append(TF.pil_to_tensor(read_image(path)))
+        if images[-1].shape != images[0].shape:
+            return None
+    return torch.stack(images)
 
 
 def image_files(folder):
@@ -548,14 +562,17 @@ def knn(h, labels, h_test, labels_test, classes, k=200, temperature=0.1):
     return 100 * correct / len(labels_test)
 
 
-def linear_eval(backbone, data, augment, device, classifier=True, epochs=0, workers=0, k=200):
+def linear_eval(backbone, data, augment, device, classifier=True, epochs=None, workers=0, k=200):
     """Percent of the test set for the frozen backbone: linear_top1, linear_top5 (over ten classes),
     knn_top1, and knn_k; nothing without labels. Every choice is made on training images.
 
-    epochs 0: the classifier is fitted once, on the features of whole images; else it is trained
-    for so many epochs on crops and flips, as the papers do. classifier False: kNN alone."""
+    epochs 0: the classifier is fitted once, to the features of whole images; else it is trained
+    for so many epochs on crops and flips, as in the papers; None: 100 on what is as large as
+    ImageNet, else 0. classifier False: kNN alone."""
     if not data.test:
         return {}
+    if epochs is None:
+        epochs = 100 if data.large else 0
     h, h_test = (features(backbone, images, augment, device, workers)
                  for images in (data.train[0], data.test[0]))
     task = (h, data.train[1], h_test, data.test[1], len(data.classes))
@@ -624,9 +641,7 @@ def report(path, title, log, chance, views, backbone, data, device):
     h = F.normalize(features(backbone, images, view, device, views.workers), dim=1)
     if processes()[0]:
         return
-    import matplotlib  # here: whoever does not draw need not wait for it
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # here: whoever does not draw need not wait for it
 
     def show(axis, images, title):
         images = images.cpu().float()
@@ -640,7 +655,8 @@ def report(path, title, log, chance, views, backbone, data, device):
         axis.set(title=title, xlabel="epoch", **settings)
         axis.xaxis.get_major_locator().set_params(integer=True)
 
-    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(15, 9), layout="constrained")
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    (a, b, c), (d, e, f) = figure.subplots(2, 3)
     figure.suptitle(title)
     show(a, torch.cat(batch), f"the {len(batch)} views of eight images, one image a column")
     curve(b, "loss", "loss")
@@ -650,24 +666,24 @@ def report(path, title, log, chance, views, backbone, data, device):
     curve(c, "knn_top1", "kNN top-1 (%); epoch 0 is random weights")
     values = torch.linalg.svdvals(h.cpu())
     d.semilogy((values / values[0]).clamp(min=1e-6).tolist())
-    d.set(title="singular values of h: a cliff is a collapse", xlabel="rank")
+    d.set(title="singular values of h: an early cliff is a collapse", xlabel="rank")
     curve(e, "std", "std of z times sqrt(C): 1 is healthy, 0 collapsed", ylim=(0, 1.1))
     queries = h[torch.randperm(len(h), generator=seeded("queries"))[:8].to(device)]
     near = (queries @ h.T).topk(min(6, len(h))).indices.T.flatten().cpu()  # each is its own nearest
     near = images[near.to(device)] if torch.is_tensor(images) else next(
         decoded(images, [near.tolist()], [view], 0))[0]
     show(f, near, "top row: images; below each its five nearest")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figure.savefig(picture := io.BytesIO(), dpi=80)
+    save(path, picture.getvalue())
 
 
 # ----------------------------------------------------------------------------- a run's files
 def save(path, content):
-    """Writes text, or anything else with torch.save, beside the file and renames: whatever happens
-    meanwhile, there is one whole file, the new or the old. Exits with one line where it cannot."""
+    """Writes text, bytes, or anything else with torch.save, beside the file and then renames: there
+    is always one whole file, the new or the old. Exits with one line where it cannot."""
     beside, buffer = path.with_name(path.name + ".tmp"), io.BytesIO()
-    if isinstance(content, str):
-        buffer.write(content.encode())
+    if isinstance(content, str | bytes):
+        buffer.write(content.encode() if isinstance(content, str) else content)
     else:
         torch.save(content, buffer)
     try:
@@ -698,17 +714,22 @@ def resume(method, args, world_size):
     """The checkpoint of an unfinished run in args.out, or None where a new run starts there. A run
     that is finished or has other arguments ends the program with one line, or is overwritten."""
     path, finished = Path(args.out, "checkpoint.pt"), Path(args.out, "result.json").exists()
-    if not path.exists():
+    found = path.exists()
+    if dist.is_initialized():
+        dist.barrier()  # all have looked before one writes
+    if not found:
         return None
-    checkpoint, new = load_checkpoint(path), vars(args) | {"processes": world_size}
+    checkpoint = load_checkpoint(path)
     try:
-        old = checkpoint["args"] | {"processes": checkpoint["world_size"]}
-    except (KeyError, TypeError):
+        old = {f"--{name.replace('_', '-')}": value for name, value in checkpoint["args"].items()}
+        old |= {"method": checkpoint["method"], "processes": checkpoint["world_size"]}
+    except (KeyError, TypeError, AttributeError):
         fail(f"{path} is not a checkpoint of this program: name another --out")
-    free = ("workers", "root", "out", "compile", "overwrite")  # these do not change the result
-    differ = [f"--{name.replace('_', '-')} {old.get(name)} there, {value} here"
+    new = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    new |= {"method": method, "processes": world_size}
+    free = ("--workers", "--root", "--out", "--compile", "--overwrite")  # no other result
+    differ = [f"{name} {old.get(name)} there, {value} here"
               for name, value in new.items() if name not in free and old.get(name) != value]
-    differ += [f"method {checkpoint['method']}"] if checkpoint["method"] != method else []
     if not differ and not finished:
         return checkpoint
     if not args.overwrite:
@@ -759,10 +780,12 @@ def conclude(method, args, data, log, views, model, device):
         save(out / "result.json", json.dumps(result, indent=1) + "\n")
         found = "trained; linear evaluation needs labels"
         if data.test:
-            found = (f"linear top-1 {last['linear_top1']:.1f} % (random weights "
-                     f"{first['linear_top1']:.1f} %), kNN(k={last['knn_k']}, T=.1, cosine) "
-                     f"{last['knn_top1']:.1f} % (random weights {first['knn_top1']:.1f} %), "
-                     f"chance {100 / len(data.classes):.1f} %")
+            parts = [("linear top-1", "linear_top1"),
+                     (f"kNN(k={last['knn_k']}, T=.1, cosine)", "knn_top1")]
+            found = ", ".join(f"{text} {last[key]:.1f} %"
+                              + (f" (random weights {first[key]:.1f} %)" if key in first else "")
+                              for text, key in parts)
+            found += f", chance {100 / len(data.classes):.1f} %"
         print(f"{title}: {found}. See {out / 'report.png'}", flush=True)
     return result
 
@@ -816,8 +839,8 @@ def main():
     parser.add_argument("checkpoint")
     parser.add_argument("--data", default="patterns")
     parser.add_argument("--root", default="data", help="where torchvision keeps its data sets")
-    parser.add_argument("--epochs", type=int, help="of SGD on crops and flips; default 100 for a "
-                        "folder of over 100,000 large images, else 0: fitted on whole images")
+    parser.add_argument("--epochs", type=int, help="of SGD on crops and flips; default 100 beyond "
+                        "100,000 images, else 0: fitted to the features of whole images")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     args = parser.parse_args()
     device = torch.device("cpu")
@@ -830,9 +853,8 @@ def main():
     data = load(args.data, args.root, device)
     if not data.test:
         fail(f"--data {args.data} has no labels: it takes train/<class>/ and val/<class>/ folders")
-    large = not torch.is_tensor(data.train[0]) and len(data.train[0]) > 100_000
-    epochs = (100 if large else 0) if args.epochs is None else args.epochs
-    result = linear_eval(backbone.to(device), data, augment, device, True, epochs, args.workers)
+    result = linear_eval(backbone.to(device), data, augment, device, epochs=args.epochs,
+                         workers=args.workers)
     if processes()[0] == 0:
         print(f"{args.checkpoint}: {name}")
         print(json.dumps({"data": data.name, **result}))

@@ -14,7 +14,7 @@ The paper's words -> ours: base encoder f -> backbone; projection head g -> proj
 N images, 2N views -> B images a process, W processes; tau -> temperature.
 Letters: B images a process, W processes, D features, C embedding.
 
-Measured: not yet run."""
+Measured: 94.9 % linear top-1 on patterns (random weights 33.1 %), mean of 3 seeds; others: README.md."""
 import argparse
 import inspect
 import math
@@ -46,11 +46,11 @@ class Args:
     recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
     arch: str = ""  # thin (four narrow stages), or a ResNet of torchvision, such as resnet50
     size: int = 0  # pixels, the side of a view
-    epochs: int = 0
+    epochs: int = 0  # passes over the images
     batch_size: int = 0  # images, over all processes
     lr: float = 0.0  # for 256 images; scaled linearly with the batch
     warmup_epochs: float = 0.0  # epochs of linear warm-up
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # lambda; not on biases and normalisation
     temperature: float = 0.0  # tau of equation 1
     projection_dim: int = 0  # C, width of the embedding
     jitter_strength: float = 0.0  # s, strength of the colour distortion (appendix A)
@@ -128,18 +128,18 @@ def build_projector(dim, projection_dim):
         nn.Linear(dim, projection_dim, bias=False), last)
 
 
-def build_backbone(args, norm_layer=nn.BatchNorm2d):
+def build_backbone(args):
     """(torchvision's ResNet without its classifier, D): (B, 3, H, W) -> h (B, D)."""
     if args.arch == "thin":
-        backbone = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        backbone = ResNet(BasicBlock, [1, 1, 1, 1])
         backbone.inplanes = 16
         backbone.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
-        backbone.bn1, backbone.fc = norm_layer(16), nn.Linear(128, 1)
+        backbone.bn1, backbone.fc = nn.BatchNorm2d(16), nn.Linear(128, 1)
         for stage, width in enumerate((16, 32, 64, 128), start=1):
             layer = backbone._make_layer(BasicBlock, width, 1, stride=min(stage, 2))
             setattr(backbone, f"layer{stage}", layer)
     elif re.fullmatch(r"(wide_)?resnet\d\w+", args.arch) and hasattr(torchvision.models, args.arch):
-        backbone = getattr(torchvision.models, args.arch)(norm_layer=norm_layer)
+        backbone = getattr(torchvision.models, args.arch)(zero_init_residual=True)  # official code
         if args.size <= 64:
             backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     else:
@@ -264,12 +264,13 @@ def train(args):
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    log = checkpoint["log"] if checkpoint else [{"epoch": 0} | evaluate()]  # 0: random weights
+        log = checkpoint["log"]
+    else:
+        log = [{"epoch": 0} | evaluate(classifier=not data.large)]  # random weights
+        record(METHOD, args, log, views, model, optimizer)
     if args.compile:
         model.compile()
     network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-    if not checkpoint:
-        record(METHOD, args, log, views, model, optimizer)
 
     for epoch in range(len(log), args.epochs + 1):
         views.set_epoch(epoch)
@@ -305,7 +306,8 @@ def main(args):
     try:
         return train(args)
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM
-        print("\nstopped; the same command goes on after the last finished epoch", flush=True)
+        if processes()[0] == 0:
+            print("\nstopped; the same command goes on after the last finished epoch", flush=True)
         raise SystemExit(130) from None
     finally:
         if dist.is_initialized():

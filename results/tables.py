@@ -53,17 +53,19 @@ def table(name):
     for run in runs:
         groups.setdefault((run["method"], run["arch"], run["epochs"]), []).append(run)
     lines = [
-        "| method | backbone | epochs | seeds | linear top-1 (%) | kNN top-1 (%) | random "
-        "weights: linear, kNN | training (s) |",
+        "| method | backbone | epochs | seeds | linear top-1 (%) | kNN top-1 (%) | both, random weights "
+        "| training (s) |",
         "|-|-|-|-|-|-|-|-|",
     ]
     for (method, arch, epochs), group in groups.items():
-        knn = f"{spread(group, 'knn_top1')} (k={group[0]['knn_k']})"
-        chance = f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}"
-        lines.append(
-            f"| [{method}]({method}.py) | {arch} | {epochs} | {len(group)} | "
-            f"{spread(group, 'linear_top1')} | {knn} | {chance} | {spread(group, 'seconds')} |"
-        )
+        columns = [
+            f"[{method}]({method}.py)", arch, str(epochs), str(len(group)),
+            spread(group, "linear_top1"),
+            f"{spread(group, 'knn_top1')} (k={group[0]['knn_k']})",
+            f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}",
+            spread(group, "seconds"),
+        ]
+        lines.append(f"| {' | '.join(columns)} |")
     devices = sorted({f"{run['device']}, torch {run['torch']}" for run in runs})
     return "\n".join([*lines, "", f"Device: {'; '.join(devices)}."])
 

@@ -12,6 +12,7 @@ import torch
 
 import common
 
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 SMALL = {
@@ -57,18 +58,12 @@ def model_of(script):
     )
 
 
-def run(*command, **settings):
-    """A program of ours in a process of its own, in one thread, so that two share two cores."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def run(*command, threads=1, limit=300):
+    """A program of ours in a process of its own; in one thread, so that two share two cores."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        **settings,
-    )
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
+        text=True, timeout=limit)
 
 
 def torchrun(processes, *command):

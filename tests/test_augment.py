@@ -1,4 +1,5 @@
 """Augmentations against torchvision's functional operations, image by image."""
+
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,9 @@ def test_each_image_equals_torchvisions(pixels, size, bicubic):
     images[0] = 100  # grey has no hue
     boxes, draws = augment.boxes(64, pixels, pixels, chance), augment.draw(64, chance)
     ours = augment.apply(images, boxes, draws)
-    theirs = torch.stack([torchvisions(augment, image, boxes[i], draws, i)
-                          for i, image in enumerate(images)])
+    theirs = torch.stack(
+        [torchvisions(augment, image, boxes[i], draws, i) for i, image in enumerate(images)]
+    )
     # Solarize jumps at 1/2: a rounding error may fall on either side of it.
     assert ((ours - theirs).abs() > 1e-4).float().mean() < 1e-4
     still = ~draws["solarize"]
@@ -70,8 +72,12 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     get = v2.RandomResizedCrop(8, augment.scale).make_params
-    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]]
-                           for p in (get([image]) for _ in range(2000))]).float()
+    theirs = torch.tensor(
+        [
+            [p["top"], p["left"], p["height"], p["width"]]
+            for p in (get([image]) for _ in range(2000))
+        ]
+    ).float()
     assert torch.equal(ours, ours.round()) and (ours[:, 2:] >= 1).all() and (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] + ours[:, 3] <= width).all()
     error = 4 * theirs.std(0) / 2000**0.5 * 2**0.5 + 0.02

@@ -1,4 +1,5 @@
-"""The evaluation is honest: frozen to the bit, nothing chosen on the test set, numbers anyone gets."""
+"""The evaluation is honest: frozen to the bit, nothing chosen on the test set."""
+
 import json
 import math
 
@@ -58,7 +59,9 @@ def test_knn_is_the_plain_one(k, temperature):
         for i in nearest:
             votes[labels[i]] += math.exp(cosine[i] / temperature)
         correct += votes.index(max(votes)) == y
-    assert common.knn(h, labels, h_test, truth, 5, k, temperature) == pytest.approx(100 * correct / 60)
+    assert common.knn(h, labels, h_test, truth, 5, k, temperature) == pytest.approx(
+        100 * correct / 60
+    )
 
 
 def test_fitted_classifier_is_at_the_minimum():
@@ -68,7 +71,9 @@ def test_fitted_classifier_is_at_the_minimum():
     optimizer = torch.optim.SGD([weight, bias], lr=0.3)
     for _ in range(3000):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(h @ weight.T + bias, labels) + 1e-2 * weight.square().sum()
+        loss = (
+            nn.functional.cross_entropy(h @ weight.T + bias, labels) + 1e-2 * weight.square().sum()
+        )
         loss.backward()
         optimizer.step()
     assert torch.allclose(head.weight, weight, atol=2e-3)
@@ -94,7 +99,7 @@ def test_nothing_is_chosen_on_the_test_set(monkeypatch):
     monkeypatch.setattr(common, "fit_linear", recorded)
     common.linear_probe(h, labels, h_test, truth, 5)
     common.linear_probe(h, labels, h_test, truth.roll(7), 5)
-    first, second = fits[:len(fits) // 2], fits[len(fits) // 2:]
+    first, second = fits[: len(fits) // 2], fits[len(fits) // 2 :]
     assert len(first) == len(common.DECAYS) + 1
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(first, second))
 
@@ -128,7 +133,9 @@ def test_sgd_on_crops_and_flips_learns():
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
     images, labels = torch.randint(0, 256, (200, 3, 32, 32)), torch.arange(200) % 2
     images = (images // 2 + 100 * labels.view(-1, 1, 1, 1)).byte()
-    data = common.Data("toy", images, (images, labels), (images[:50], labels[:50]), ["dark", "light"])
+    data = common.Data(
+        "toy", images, (images, labels), (images[:50], labels[:50]), ["dark", "light"]
+    )
     augment = common.Augment(size=32)
     result = common.linear_eval(backbone, data, augment, "cpu", epochs=3)
     assert result["linear_top1"] == 100
@@ -148,7 +155,11 @@ def test_two_processes_measure_what_one_measures(folder, tmp_path):
 
 def official(layout, resnet="resnet18"):
     """A state dict as the official code of a method saves it: random weights of its constructor."""
-    body = {k: v for k, v in getattr(torchvision.models, resnet)().state_dict().items() if "fc." not in k}
+    body = {
+        k: v
+        for k, v in getattr(torchvision.models, resnet)().state_dict().items()
+        if "fc." not in k
+    }
     head = {"0.weight": torch.zeros(4, 4)}
 
     def under(prefix, state):
@@ -156,31 +167,52 @@ def official(layout, resnet="resnet18"):
 
     queue = {"module.queue": torch.zeros(4, 8), "module.queue_ptr": torch.zeros(1).long()}
     return {
-        "moco": {"epoch": 200, "arch": resnet, "state_dict": queue | under("module.encoder_q.", body)
-                 | under("module.encoder_q.fc.", head) | under("module.encoder_k.", body)},
-        "moco_v3": {"state_dict": under("module.base_encoder.", body)
-                    | under("module.momentum_encoder.", body) | under("module.predictor.", head)},
-        "simsiam": {"state_dict": under("module.encoder.", body) | under("module.encoder.fc.", head)
-                    | under("module.predictor.", head)},
-        "barlow": {"epoch": 1, "model": under("module.backbone.", body)
-                   | under("module.projector.", head)},
-        "swav": under("module.", body) | under("module.projection_head.", head)
+        "moco": {
+            "epoch": 200,
+            "arch": resnet,
+            "state_dict": queue
+            | under("module.encoder_q.", body)
+            | under("module.encoder_q.fc.", head)
+            | under("module.encoder_k.", body),
+        },
+        "moco_v3": {
+            "state_dict": under("module.base_encoder.", body)
+            | under("module.momentum_encoder.", body)
+            | under("module.predictor.", head)
+        },
+        "simsiam": {
+            "state_dict": under("module.encoder.", body)
+            | under("module.encoder.fc.", head)
+            | under("module.predictor.", head)
+        },
+        "barlow": {
+            "epoch": 1,
+            "model": under("module.backbone.", body) | under("module.projector.", head),
+        },
+        "swav": under("module.", body)
+        | under("module.projection_head.", head)
         | {"module.prototypes.weight": torch.zeros(4, 4)},
-        "densecl": {"state_dict": under("encoder_q.0.", body) | under("encoder_q.1.mlp.", head)
-                    | under("backbone.", body)},
+        "densecl": {
+            "state_dict": under("encoder_q.0.", body)
+            | under("encoder_q.1.mlp.", head)
+            | under("backbone.", body)
+        },
         "torchvision": getattr(torchvision.models, resnet)().state_dict(),
     }[layout], body
 
 
-@pytest.mark.parametrize("layout, resnet, dropped", [
-    ("moco", "resnet50", "encoder_k, fc, queue, queue_ptr"),
-    ("moco_v3", "resnet18", "momentum_encoder, predictor"),
-    ("simsiam", "resnet18", "fc, predictor"),
-    ("barlow", "resnet18", "projector"),
-    ("swav", "resnet50", "projection_head, prototypes"),
-    ("densecl", "resnet18", "backbone, encoder_q"),
-    ("torchvision", "resnet34", "fc"),
-])
+@pytest.mark.parametrize(
+    "layout, resnet, dropped",
+    [
+        ("moco", "resnet50", "encoder_k, fc, queue, queue_ptr"),
+        ("moco_v3", "resnet18", "momentum_encoder, predictor"),
+        ("simsiam", "resnet18", "fc, predictor"),
+        ("barlow", "resnet18", "projector"),
+        ("swav", "resnet50", "projection_head, prototypes"),
+        ("densecl", "resnet18", "backbone, encoder_q"),
+        ("torchvision", "resnet34", "fc"),
+    ],
+)
 def test_official_checkpoints_are_recognised(layout, resnet, dropped, tmp_path):
     state, body = official(layout, resnet)
     torch.save(state, tmp_path / "official.pth")
@@ -210,6 +242,7 @@ def test_backbone_file_loads_in_torchvision(folder, tmp_path):
     simclr.main(small_args(simclr, data=folder, out=tmp_path, epochs=1, arch="resnet18", size=96))
     model = torchvision.models.resnet18()
     missing, unexpected = model.load_state_dict(
-        torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False)
+        torch.load(tmp_path / "backbone.pt", weights_only=True), strict=False
+    )
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
     assert (ROOT / "simclr.py").exists() and words(simclr)

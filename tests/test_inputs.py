@@ -1,4 +1,5 @@
 """What a user can get wrong: one clear line, exit code 2, nothing overwritten or lost."""
+
 import errno
 import resource
 import shutil
@@ -14,20 +15,23 @@ from PIL import Image
 import common
 
 
-@pytest.mark.parametrize("flags, part", [
-    (["--data", "nowhere"], "no such folder"),
-    (["--recipe", "cifar"], "not one of patterns, cifar10, imagenet"),
-    (["--epochs", "many"], "invalid int value"),
-    (["--epochs", "0"], "--epochs 0: out of range"),
-    (["--lr", "nan"], "--lr nan: out of range"),
-    (["--lr", "inf"], "--lr inf: out of range"),
-    (["--temperature", "-1"], "--temperature -1.0: out of range"),
-    (["--batch-size", "-64"], "out of range"),
-    (["--bath-size", "64"], "unrecognized arguments"),
-    (["--arch", "resnet51"], "--arch resnet51: neither thin nor"),
-    (["--arch", "load_state_dict"], "neither thin nor"),
-    (["--batch-size", "5000"], "has only 4000 images"),
-])
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        (["--data", "nowhere"], "no such folder"),
+        (["--recipe", "cifar"], "not one of patterns, cifar10, imagenet"),
+        (["--epochs", "many"], "invalid int value"),
+        (["--epochs", "0"], "--epochs 0: out of range"),
+        (["--lr", "nan"], "--lr nan: out of range"),
+        (["--lr", "inf"], "--lr inf: out of range"),
+        (["--temperature", "-1"], "--temperature -1.0: out of range"),
+        (["--batch-size", "-64"], "out of range"),
+        (["--bath-size", "64"], "unrecognized arguments"),
+        (["--arch", "resnet51"], "--arch resnet51: neither thin nor"),
+        (["--arch", "load_state_dict"], "neither thin nor"),
+        (["--batch-size", "5000"], "has only 4000 images"),
+    ],
+)
 def test_flags(script, flags, part, tmp_path, capsys):
     def program():
         script.main(script.parse_args([*flags, "--out", str(tmp_path / "run")]))
@@ -36,12 +40,15 @@ def test_flags(script, flags, part, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("flags, part", [
-    ({"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
-    ({"queue_size": 96}, "over 80 images"),
-    ({"bn_groups": 3}, "--bn-groups 3"),
-    ({"ema_momentum": 1.5}, "--ema-momentum 1.5: out of range"),
-])
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ({"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
+        ({"queue_size": 96}, "over 80 images"),
+        ({"bn_groups": 3}, "--bn-groups 3"),
+        ({"ema_momentum": 1.5}, "--ema-momentum 1.5: out of range"),
+    ],
+)
 def test_flags_of_moco(flags, part, folder, tmp_path, capsys):
     def program():
         moco_v1.main(small_args(moco_v1, data=folder, out=tmp_path / "run", **flags))
@@ -50,8 +57,9 @@ def test_flags_of_moco(flags, part, folder, tmp_path, capsys):
 
 
 def test_a_batch_that_the_processes_cannot_share(folder, tmp_path):
-    ran = torchrun(2, "simclr.py", *words(simclr, recipe="patterns", data=folder, out=tmp_path,
-                                          batch_size=15))
+    ran = torchrun(
+        2, "simclr.py", *words(simclr, recipe="patterns", data=folder, out=tmp_path, batch_size=15)
+    )
     assert ran.returncode and "--batch-size 15 cannot be shared by 2 processes" in ran.stderr
 
 
@@ -78,8 +86,14 @@ def test_truncated_jpeg_is_named(folder, photos, tmp_path, capsys):
     path = tmp_path / "photos" / "07.jpg"
     path.write_bytes(path.read_bytes()[:1500])
     for workers in (0, 2):
-        args = small_args(simclr, data=tmp_path / "photos", out=tmp_path / "run", size=64, batch_size=10,
-                          workers=workers)
+        args = small_args(
+            simclr,
+            data=tmp_path / "photos",
+            out=tmp_path / "run",
+            size=64,
+            batch_size=10,
+            workers=workers,
+        )
         line = error_line(capsys, simclr.main, args)
         assert "07.jpg" in line and "truncated" in line
 
@@ -87,8 +101,14 @@ def test_truncated_jpeg_is_named(folder, photos, tmp_path, capsys):
 def test_kinds_of_images(tmp_path):
     colour = numpy.array(Image.linear_gradient("L").resize((32, 32)))
     rgb = Image.fromarray(numpy.stack([colour, 255 - colour, colour // 2], axis=2))
-    expected = {"rgb.png": rgb, "palette.png": rgb.quantize(256).convert("RGB"), "grey.png": rgb.convert("L"),
-                "sixteen.png": rgb.convert("L"), "alpha.png": rgb, "cmyk.jpg": rgb}
+    expected = {
+        "rgb.png": rgb,
+        "palette.png": rgb.quantize(256).convert("RGB"),
+        "grey.png": rgb.convert("L"),
+        "sixteen.png": rgb.convert("L"),
+        "alpha.png": rgb,
+        "cmyk.jpg": rgb,
+    }
     rgb.save(tmp_path / "rgb.png")
     rgb.quantize(256).save(tmp_path / "palette.png")
     rgb.convert("L").save(tmp_path / "grey.png")
@@ -122,14 +142,17 @@ def test_truncated_checkpoint_and_wrong_checkpoint(folder, tmp_path, capsys):
     (tmp_path / "result.json").unlink()
     path = tmp_path / "checkpoint.pt"
     whole = path.read_bytes()
-    path.write_bytes(whole[:len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])
     assert "not a readable checkpoint" in error_line(capsys, simclr.main, args)
     assert path.stat().st_size == len(whole) // 2
     torch.save({"weights": 1}, path)
     assert "not a checkpoint of this program" in error_line(capsys, simclr.main, args)
     path.write_bytes(whole)
     assert "--temperature 0.2 there, 0.3 here" in error_line(
-        capsys, simclr.main, small_args(simclr, data=folder, out=tmp_path, epochs=1, temperature=0.3))
+        capsys,
+        simclr.main,
+        small_args(simclr, data=folder, out=tmp_path, epochs=1, temperature=0.3),
+    )
     simclr.main(args)  # what was finished but for its result is finished now
 
 
@@ -160,7 +183,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"model": Bomb()}, tmp_path / "bomb.pt")
-    assert "not a readable checkpoint" in error_line(capsys, common.load_checkpoint, tmp_path / "bomb.pt")
+    assert "not a readable checkpoint" in error_line(
+        capsys, common.load_checkpoint, tmp_path / "bomb.pt"
+    )
     assert not (tmp_path / "ran").exists()
 
 

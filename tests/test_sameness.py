@@ -1,8 +1,11 @@
 """The scripts are made to be read side by side: one name, one body, one order, and fresh diffs."""
 
 import ast
+import importlib
+import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT, SCRIPTS, run
@@ -69,8 +72,6 @@ def test_form(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_recipes(name):
-    import importlib
-    from dataclasses import fields
 
     script = importlib.import_module(name)
     known = {field.name: field.type for field in fields(script.Args)}
@@ -112,6 +113,16 @@ def test_only_three_packages_at_run_time():
 def test_tables_and_diffs_are_fresh():
     ran = run("results/tables.py", "--check")
     assert ran.returncode == 0, ran.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_measured_result_is_the_recorded_one(name):
+    runs = json.loads((ROOT / "results" / "patterns.json").read_text())
+    runs = [run for run in runs if run["method"] == name]
+    linear, chance = (sum(run[key] for run in runs) / len(runs)
+                      for key in ("linear_top1", "random_linear_top1"))
+    said = f"Measured: {linear:.1f} % linear top-1 on patterns (random weights {chance:.1f} %), mean of"
+    assert said in ast.get_docstring(TREES[name])
 
 
 def test_nothing_large_is_committed():
