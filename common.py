@@ -319,7 +319,7 @@ class Augment:
 
     def apply(self, images, boxes, draws):
         device = images.device
-        x, flip = images.float() / 255, draws["flip"].to(device)
+        x, flip = images.float().div_(255), draws["flip"].to(device)
         if bool((boxes == boxes.new_tensor([0, 0, self.size, self.size])).all()):
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         else:
@@ -335,7 +335,7 @@ class Augment:
 
     def normalize(self, x):
         mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return (x - mean) / std
+        return x.sub_(mean).div_(std)
 
     def plain(self, images):
         """The view of evaluation, without chance: uint8 (B, 3, H, W) -> (B, 3, S, S)."""
@@ -368,7 +368,8 @@ def crop(x, boxes, flip, size, bicubic=False):
     columns = resampling(left, wide, flip, width, size, bicubic)  # (B, S, W)
     x = torch.bmm(x.reshape(n, channels * height, width), columns.transpose(1, 2))
     x = x.view(n, channels, height, size).unbind(1)
-    return torch.stack([torch.bmm(rows, channel) for channel in x], dim=1).clamp_(0, 1)
+    x = torch.stack([torch.bmm(rows, channel) for channel in x], dim=1)
+    return x.clamp_(0, 1) if bicubic else x
 
 
 def jitter(x, factors, order, hue, hue_slot):
@@ -381,23 +382,28 @@ def jitter(x, factors, order, hue, hue_slot):
         if slot < 3:
             turn, gray = order[:, slot], luminance(x)
             is_contrast, is_saturation = ((turn == k).to(x).view(-1, 1, 1, 1) for k in (1, 2))
-            base = gray * is_saturation + gray.mean((2, 3), keepdim=True) * is_contrast
+            mean = gray.mean((2, 3), keepdim=True) * is_contrast
+            base = gray.mul_(is_saturation).add_(mean)  # brightness: 0
             factor = factors.gather(1, turn.unsqueeze(1)).to(x.device).view(-1, 1, 1, 1)
-            x = torch.lerp(base, x, factor).clamp_(0, 1)
+            torch.lerp(base, x, factor, out=x).clamp_(0, 1)
     return x
 
 
 def shift_hue(x, turns):
     """Shifts the hue of x (B, 3, H, W) by turns (B, 1, 1) of the HSV circle."""
     red, green, blue = x.unbind(1)
-    value = torch.maximum(torch.maximum(red, green), blue)
-    chroma = value - torch.minimum(torch.minimum(red, green), blue)
+    value = torch.maximum(red, green).maximum(blue)
+    chroma = value - torch.minimum(red, green).minimum(blue)
     scale = 1 / chroma.clamp(min=1e-12)  # grey has no hue, and all differences are 0
-    hue = torch.where(value == red, (green - blue) * scale, torch.where(
-        value == green, (blue - red) * scale + 2, (red - green) * scale + 4)) + 6 * turns
-    hue = hue - 6 * (hue / 6).floor()  # in sixths of a turn, from red
-    lack = torch.stack([2 - (hue - 3).abs(), (hue - 2).abs() - 1, (hue - 4).abs() - 1], dim=1)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * lack.clamp_(0, 1)
+    hue = torch.where(value == green, (blue - red).mul_(scale).add_(2),
+                      (red - green).mul_(scale).add_(4))
+    hue = torch.where(value == red, (green - blue).mul_(scale), hue).add_(6 * turns)
+    hue.sub_((hue / 6).floor_(), alpha=6)  # in sixths of a turn, from red
+    shifted = torch.empty_like(x)
+    for channel, (centre, sign) in enumerate(((3, -1), (2, 1), (4, 1))):
+        lack = (hue - centre).abs_().sub_(1.5).mul_(sign).add_(0.5).clamp_(0, 1)
+        torch.addcmul(value, chroma, lack, value=-1, out=shifted[:, channel])
+    return shifted
 
 
 def luminance(x):

@@ -53,8 +53,8 @@ def table(name):
     for run in runs:
         groups.setdefault((run["method"], run["arch"], run["epochs"]), []).append(run)
     lines = [
-        "| method | backbone | epochs | seeds | linear top-1 (%) | kNN top-1 (%) | both, random weights "
-        "| training (s) |",
+        "| method | backbone | epochs | seeds | linear top-1 (%) | kNN top-1 (%) "
+        "| both, random weights | training (s) |",
         "|-|-|-|-|-|-|-|-|",
     ]
     for (method, arch, epochs), group in groups.items():

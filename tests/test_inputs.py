@@ -9,7 +9,7 @@ import numpy
 import pytest
 import simclr
 import torch
-from conftest import error_line, run, small_args, torchrun, words
+from conftest import error_line, small_args
 from PIL import Image
 
 import common
@@ -56,11 +56,11 @@ def test_flags_of_moco(flags, part, folder, tmp_path, capsys):
     assert part in error_line(capsys, program)
 
 
-def test_a_batch_that_the_processes_cannot_share(folder, tmp_path):
-    ran = torchrun(
-        2, "simclr.py", *words(simclr, recipe="patterns", data=folder, out=tmp_path, batch_size=15)
-    )
-    assert ran.returncode and "--batch-size 15 cannot be shared by 2 processes" in ran.stderr
+def test_a_batch_that_the_processes_cannot_share(monkeypatch, capsys):
+    monkeypatch.setattr(common, "processes", lambda: (1, 2))
+    images = torch.zeros(20, 3, 32, 32, dtype=torch.uint8)
+    line = error_line(capsys, common.Views, images, common.AUGMENTS["simclr"], 15)
+    assert "--batch-size 15 cannot be shared by 2 processes" in line
 
 
 def test_folders(folder, tmp_path, capsys):
@@ -198,8 +198,11 @@ def test_data_set_out_of_reach_says_what_to_put_where(tmp_path, monkeypatch, cap
     assert "cifar-10-python.tar.gz" in line and str(tmp_path) in line
 
 
-def test_evaluation_program(folder, tmp_path):
-    ran = run("common.py", tmp_path / "none.pt")
-    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
-    ran = run("common.py")
-    assert ran.returncode == 2 and len(ran.stderr.splitlines()) == 1
+def test_evaluation_program(tmp_path, monkeypatch, capsys):
+    for words, part in (
+        ([], "required: checkpoint"),
+        (["none.pt"], "not a readable checkpoint"),
+        (["none.pt", "--epochs", "x"], "invalid int value"),
+    ):
+        monkeypatch.setattr("sys.argv", ["common.py", *words])
+        assert part in error_line(capsys, common.main)
