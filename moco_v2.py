@@ -285,7 +285,7 @@ def parse_args(argv=None):
 def train(args):
     device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
-    augments = adapt(AUGMENTS[METHOD], args.size)
+    augments = adapt(AUGMENTS[METHOD], args.size)  # jitter in 80 %, hue .1; blur
     views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)

@@ -6,8 +6,8 @@
    operations on one image at a time; one thread.
 2. Two views from JPEG files at 224 pixels through `Views`, against the usual pipeline, in which
    every operation runs on one PIL image at a time in the workers; the same workers.
-3. A whole step of simclr.py, against the bare forward and backward of the same network on as many
-   views.
+3. A whole step of simclr.py (views, forward, loss, backward, LARS), against the bare forward and
+   backward of the same network on as many views.
 4. Peak memory of a whole training."""
 
 import os
@@ -111,7 +111,7 @@ def benchmark_step():
     model = simclr.build_model(args, 4000, torch.device("cpu"))
     optimizer = simclr.build_optimizer(args, model)
     batches = iter(views)
-    bare, x = model.backbone, torch.randn(2 * args.batch_size, 3, args.size, args.size)
+    bare, x = model.encoder, torch.randn(2 * args.batch_size, 3, args.size, args.size)
     x = x.contiguous(memory_format=torch.channels_last)
 
     def step():
@@ -127,7 +127,7 @@ def benchmark_step():
 
     a, b, ratio = in_turn(step, lambda: bare(x).sum().backward(), 15)
     print(
-        f"A step of simclr.py: {1000 * a:.0f} ms; bare forward and backward of its backbone: "
+        f"A step of simclr.py: {1000 * a:.0f} ms; bare forward and backward of its network: "
         f"{1000 * b:.0f} ms; ratio {1 / ratio:.2f}"
     )
 
