@@ -282,10 +282,9 @@ def parse_args(argv=None):
     return args
 
 
-def train(args):
+def train(args, augments):
     device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
-    augments = adapt(AUGMENTS[METHOD], args.size)  # jitter in 80 %, hue .1; blur
     views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)
@@ -335,7 +334,7 @@ def train(args):
 def main(args):
     """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
     try:
-        return train(args)
+        return train(args, adapt(AUGMENTS[METHOD], args.size))  # jitter in 80 %, hue .1; blur
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM
         if processes()[0] == 0:
             print("\nstopped; the same command goes on after the last finished epoch", flush=True)

@@ -251,10 +251,9 @@ def parse_args(argv=None):
     return args
 
 
-def train(args):
+def train(args, augments):
     device, (rank, world_size) = launch(), processes()
     data = load(args.data, args.root, device)
-    augments = adapt(AUGMENTS[METHOD], args.size, args.jitter_strength)
     views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
     torch.manual_seed(args.seed)
     model = build_model(args, len(data.pretrain), device)
@@ -304,7 +303,7 @@ def train(args):
 def main(args):
     """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
     try:
-        return train(args)
+        return train(args, adapt(AUGMENTS[METHOD], args.size, args.jitter_strength))
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM
         if processes()[0] == 0:
             print("\nstopped; the same command goes on after the last finished epoch", flush=True)
