@@ -13,9 +13,11 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +34,19 @@ def fail(message):
     """A mistake that the user can put right: one line, exit code 2."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+ZERO_ALLOWED = {"seed", "workers", "weight_decay", "warmup_epochs", "ema_momentum", "queue_size",
+                "queue_start", "freeze_epochs", "small_crops", "dense_weight", "redundancy_weight"}
+SHARES = {"ema_momentum", "dense_weight", "crop_min", "crop_split"}
+
+
+def check(args):
+    """Exits with one line for a flag whose number is out of range."""
+    for name, value in vars(args).items():
+        low, high = 0 if name in ZERO_ALLOWED else 1e-9, 1 if name in SHARES else 1e9
+        if type(value) in (int, float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: out of range")
 
 
 def seeded(*key):
@@ -437,7 +452,17 @@ _SIMCLR = Augment(scale=(0.08, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5, bicu
 # MoCo v1's code draws grey before the jitter; here it comes after, as in all others.
 _MOCO_V1 = Augment(jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0)
 _MOCO_V2 = Augment(blur=0.5)
-AUGMENTS = {"simclr": (_SIMCLR,) * 2, "moco_v1": (_MOCO_V1,) * 2, "moco_v2": (_MOCO_V2,) * 2}
+# BYOL, table 6: two different views, the first always blurred, the second sometimes solarized.
+_BYOL = (Augment(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, bicubic=True),
+         Augment(scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2,
+                 bicubic=True))
+# SwAV, section 5.1 and appendix A: two large crops and six small ones, colours as in SimCLR.
+_SWAV = Augment(scale=(0.14, 1.0), jitter=(0.8, 0.8, 0.8, 0.2), blur=0.5)
+AUGMENTS = {"simclr": (_SIMCLR,) * 2, "moco_v1": (_MOCO_V1,) * 2, "moco_v2": (_MOCO_V2,) * 2,
+            "byol": _BYOL, "simsiam": (_MOCO_V2,) * 2, "barlow": _BYOL,
+            "swav": (_SWAV,) * 2 + (replace(_SWAV, size=96, scale=(0.05, 0.14)),) * 6,
+            "densecl": (_MOCO_V2,) * 2,
+            "moco_v3": tuple(replace(a, bicubic=False) for a in _BYOL)}
 
 
 def adapt(augments, size, strength=1.0):
@@ -664,11 +689,13 @@ def report(path, title, log, chance, views, backbone, data, device):
     figure = Figure(figsize=(15, 9), layout="constrained")
     (a, b, c), (d, e, f) = figure.subplots(2, 3)
     figure.suptitle(title)
+    side = max(v.shape[-1] for v in batch)
+    batch = [F.pad(v, [0, side - v.shape[-1]] * 2) for v in batch]  # small crops, to scale
     show(a, torch.cat(batch), f"the {len(batch)} views of eight images, one image a column")
     curve(b, "loss", "loss")
     if chance is not None:
         b.axhline(chance, color="gray", linestyle=":")
-        b.set(title=f"loss; dotted: all similarities equal, {chance:.2f}")
+        b.set(title=f"loss; dotted: {chance:.2f}, of a network that tells nothing")
     curve(c, "knn_top1", "kNN top-1 (%); epoch 0 is random weights")
     values = torch.linalg.svdvals(h.cpu())
     d.semilogy((values / values[0]).clamp(min=1e-6).tolist())
@@ -684,6 +711,9 @@ def report(path, title, log, chance, views, backbone, data, device):
 
 
 # ----------------------------------------------------------------------------- a run's files
+COLLAPSED = 0.1  # of health's std: below it record warns
+
+
 def save(path, content):
     """Writes text, bytes, or anything else with torch.save, beside the file and then renames: there
     is always one whole file, the new or the old. Exits with one line where it cannot."""
@@ -764,6 +794,9 @@ def record(method, args, log, views, model, optimizer):
                 f"ETA {(args.epochs - line['epoch']) * line['seconds'] / 60:.1f} min")
     knn = f"  kNN {line['knn_top1']:.1f} %" if "knn_top1" in line else ""
     print(f"\repoch {line['epoch']}/{args.epochs}  {text}{knn}", flush=True)
+    if line.get("std", 1.0) < COLLAPSED:
+        print(f"warning: std {line['std']:.3f}: all images are getting the same embedding, the "
+              "network has collapsed; try a lower learning rate or a smaller batch", flush=True)
 
 
 def conclude(method, args, data, log, views, model, device):
@@ -801,6 +834,13 @@ LAYOUTS = {"encoder.backbone.": "ours", "encoder_q.backbone.": "ours", "encoder_
            "encoder_q.": "MoCo v1 or v2", "base_encoder.": "MoCo v3", "encoder.": "SimSiam",
            "backbone.": "Barlow Twins", "": "torchvision names"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2")
+VITS = {"vit_small": (384, 12), "vit_base": (768, 12)}  # width, heads; of MoCo v3
+FIRST = ("conv1.weight", "conv_proj.weight", "patch_embed.proj.weight")  # a backbone's first layer
+TO_TORCHVISION = (  # the official names of a ViT's weights -> torchvision's
+    ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"),
+    ("patch_embed.proj", "conv_proj"), ("blocks.", "encoder.layers.encoder_layer_"),
+    ("norm1", "ln_1"), ("norm2", "ln_2"), ("attn.proj", "self_attention.out_proj"),
+    ("attn.qkv.", "self_attention.in_proj_"), ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
 
 
 def load_backbone(path):
@@ -812,9 +852,9 @@ def load_backbone(path):
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         fail(f"{path} holds no weights that this program knows")
     state = {name.removeprefix("module."): value for name, value in state.items()}
-    prefix = next((p for p in LAYOUTS if p + "conv1.weight" in state), None)
+    prefix = next((p for p in LAYOUTS if any(p + first in state for first in FIRST)), None)
     if prefix is None:
-        fail(f"{path}: no ResNet found under any of the names {', '.join(LAYOUTS)}")
+        fail(f"{path}: no ResNet or ViT found under any of the names {', '.join(LAYOUTS)}")
     body = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
     if "method" in checkpoint:
         script = importlib.import_module(checkpoint["method"])
@@ -823,20 +863,36 @@ def load_backbone(path):
         augment = adapt(AUGMENTS[checkpoint["method"]], args.size)[0]
         name = f"{checkpoint['method']}, {args.arch}, epoch {checkpoint['epoch']}"
     else:
-        for name in RESNETS:
-            backbone, augment = getattr(torchvision.models, name)(), Augment()
-            backbone.fc = nn.Identity()
-            shapes = {key: value.shape for key, value in backbone.state_dict().items()}
-            stages = {key.split(".")[0] for key in shapes}
-            if shapes == {k: v.shape for k, v in body.items() if k.split(".")[0] in stages}:
-                break
-        else:
-            fail(f"{path}: {LAYOUTS[prefix]}, but of no ResNet among {', '.join(RESNETS)}")
-        name = f"{name}, {LAYOUTS[prefix]}"
+        if "patch_embed.proj.weight" in body:
+            body = {re.sub(r"^norm\.", "encoder.ln.", name): v for name, v in body.items()}
+            for old, new in TO_TORCHVISION:
+                body = {name.replace(old, new): v for name, v in body.items()}
+        name, backbone = fitting(body)
+        if backbone is None:
+            fail(f"{path}: {LAYOUTS[prefix]}, but none of {', '.join((*RESNETS, *VITS))}")
+        name, augment = f"{name}, {LAYOUTS[prefix]}", Augment()
     dropped = sorted({key.split(".")[0] for key in body.keys() - backbone.state_dict().keys()}
                      | {key.split(".")[0] for key in state if not key.startswith(prefix)})
     backbone.load_state_dict({key: body[key] for key in backbone.state_dict()})
     return backbone, augment, f"{name}; left out: {', '.join(dropped) or 'nothing'}"
+
+
+def fitting(body):
+    """(name, network) of the architecture whose weights have these names and shapes; a classifier
+    may be missing or be another. (None, None) if there is none."""
+    kinds = {name: getattr(torchvision.models, name) for name in RESNETS}
+    kinds |= {name: partial(torchvision.models.VisionTransformer, 224, 16, 12, heads, dim, 4 * dim)
+              for name, (dim, heads) in VITS.items()}
+    for name, kind in kinds.items():
+        with torch.device("meta"):
+            shapes = {key: value.shape for key, value in kind().state_dict().items()
+                      if not key.startswith(("fc.", "heads."))}
+        roots = {key.split(".")[0] for key in shapes}
+        if shapes == {k: v.shape for k, v in body.items() if k.split(".")[0] in roots}:
+            backbone = kind()
+            setattr(backbone, "fc" if hasattr(backbone, "fc") else "heads", nn.Identity())
+            return name, backbone
+    return None, None
 
 
 def main():

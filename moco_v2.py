@@ -35,8 +35,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common import (AUGMENTS, Views, adapt, conclude, fail, health, linear_eval, load, processes,
-                    recipe_for, record, resume, seeded)
+from common import (AUGMENTS, Views, adapt, check, conclude, fail, health, linear_eval, load,
+                    processes, recipe_for, record, resume, seeded)
 
 METHOD = "moco_v2"
 
@@ -205,7 +205,7 @@ def unshuffle(k, permutation):
 def build_model(args, images, device):
     queue, batch, groups = args.queue_size, args.batch_size, args.bn_groups
     world_size = processes()[1]
-    if queue % batch or queue > images:
+    if not batch <= queue <= images or queue % batch:
         fail(f"--queue-size {queue}: no multiple of --batch-size {batch}, or over {images} images")
     if groups % world_size or batch % groups:
         fail(f"--bn-groups {groups}: no multiple of {world_size} processes or divisor of {batch}")
@@ -221,6 +221,15 @@ def learning_rate(args, epoch):
     """Half a cosine to 0, in steps of an epoch (section 3)."""
     peak = args.lr * args.batch_size / 256
     return peak * (1 + math.cos(math.pi * int(epoch) / args.epochs)) / 2
+
+
+def update(args, model, optimizer, epoch):
+    """One step of the optimizer, at this fraction of an epoch; returns the learning rate."""
+    lr = learning_rate(args, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return lr
 
 
 # ------------------------------------------------------------------------------------ skeleton
@@ -273,11 +282,7 @@ def parse_args(argv=None):
         fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
     column = RECIPES["recipe"].index(recipe)
     args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "workers", "weight_decay", "warmup_epochs") else 1e-9
-        most = 1 if name == "ema_momentum" else 1e9
-        if type(value) in (int, float) and not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    check(args)
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
@@ -307,14 +312,11 @@ def train(args, augments):
         torch.manual_seed(seeded("epoch", args.seed, epoch).initial_seed())
         total, start, shown = torch.zeros((), device=device), time.time(), time.time()
         for step, batch in enumerate(views):
-            lr = learning_rate(args, epoch - 1 + step / len(views))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = network(*batch)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            lr = update(args, model, optimizer, epoch - 1 + step / len(views))
             total += loss.detach()
             if rank == 0 and sys.stdout.isatty() and time.time() > shown + 1:
                 shown = time.time()  # reading the loss waits for the device: once a second

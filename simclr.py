@@ -34,8 +34,8 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from common import (AUGMENTS, Views, adapt, conclude, fail, health, linear_eval, load, processes,
-                    recipe_for, record, resume, seeded)
+from common import (AUGMENTS, Views, adapt, check, conclude, fail, health, linear_eval, load,
+                    processes, recipe_for, record, resume, seeded)
 
 METHOD = "simclr"
 
@@ -158,7 +158,8 @@ def build_model(args, images, device):
 
 
 def build_optimizer(args, model):
-    return LARS([p for p in model.parameters() if p.requires_grad], weight_decay=args.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return LARSOptimizer(trained, weight_decay=args.weight_decay)
 
 
 def learning_rate(args, epoch):
@@ -168,6 +169,15 @@ def learning_rate(args, epoch):
         return peak * epoch / args.warmup_epochs
     share = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
     return peak * (1 + math.cos(math.pi * share)) / 2
+
+
+def update(args, model, optimizer, epoch):
+    """One step of the optimizer, at this fraction of an epoch; returns the learning rate."""
+    lr = learning_rate(args, epoch)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return lr
 
 
 # ------------------------------------------------------------------------------------ skeleton
@@ -191,10 +201,11 @@ def gather(x):
     return Gather.apply(x) if processes()[1] > 1 else x
 
 
-class LARS(torch.optim.Optimizer):
+class LARSOptimizer(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al., 2017): a weight's gradient is scaled to a thousandth
     of the weight's norm. One-dimensional parameters (biases, normalisation) are neither scaled nor
-    decayed. The learning rate enters the momentum buffer, as in the official code."""
+    decayed. The learning rate enters the momentum buffer, as in the official code, whose name for
+    it this is; LARS in byol.py multiplies the buffer by it."""
 
     def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -242,11 +253,7 @@ def parse_args(argv=None):
         fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
     column = RECIPES["recipe"].index(recipe)
     args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "workers", "weight_decay", "warmup_epochs") else 1e-9
-        most = 1 if name == "ema_momentum" else 1e9
-        if type(value) in (int, float) and not least <= value <= most:
-            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    check(args)
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
@@ -276,14 +283,11 @@ def train(args, augments):
         torch.manual_seed(seeded("epoch", args.seed, epoch).initial_seed())
         total, start, shown = torch.zeros((), device=device), time.time(), time.time()
         for step, batch in enumerate(views):
-            lr = learning_rate(args, epoch - 1 + step / len(views))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss = network(*batch)
             optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
+            lr = update(args, model, optimizer, epoch - 1 + step / len(views))
             total += loss.detach()
             if rank == 0 and sys.stdout.isatty() and time.time() > shown + 1:
                 shown = time.time()  # reading the loss waits for the device: once a second

@@ -20,6 +20,8 @@ SMALL = {
     "epochs": 2,
     "queue_size": 32,
     "bn_groups": 2,
+    "small_crops": 2,
+    "prototypes": 12,
     "eval_every": 1,
     "workers": 0,
 }
@@ -56,6 +58,14 @@ def model_of(script):
         and value.__module__ == script.__name__
         and hasattr(value, "backbone")
     )
+
+
+def views_for(args, n, dtype=torch.float32):
+    """A fixed batch for `forward`: views of the number and the sides that these settings give."""
+    known = vars(args)
+    sides = [args.size] * 2 + [known.get("small_size")] * known.get("small_crops", 0)
+    chance = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, side, side, generator=chance, dtype=dtype) for side in sides]
 
 
 def run(*command, threads=1, limit=300):

@@ -1,10 +1,10 @@
 """What a user can get wrong: one clear line, exit code 2, nothing overwritten or lost."""
 
 import errno
+import importlib
 import resource
 import shutil
 
-import moco_v1
 import numpy
 import pytest
 import simclr
@@ -24,11 +24,11 @@ import common
         (["--epochs", "0"], "--epochs 0: out of range"),
         (["--lr", "nan"], "--lr nan: out of range"),
         (["--lr", "inf"], "--lr inf: out of range"),
-        (["--temperature", "-1"], "--temperature -1.0: out of range"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0: out of range"),
         (["--batch-size", "-64"], "out of range"),
         (["--bath-size", "64"], "unrecognized arguments"),
-        (["--arch", "resnet51"], "--arch resnet51: neither thin nor"),
-        (["--arch", "load_state_dict"], "neither thin nor"),
+        (["--arch", "resnet51"], "--arch resnet51: neither "),
+        (["--arch", "load_state_dict"], "load_state_dict: neither "),
         (["--batch-size", "5000"], "has only 4000 images"),
     ],
 )
@@ -41,17 +41,37 @@ def test_flags(script, flags, part, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags, part",
+    "name, flags, part",
     [
-        ({"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
-        ({"queue_size": 96}, "over 80 images"),
-        ({"bn_groups": 3}, "--bn-groups 3"),
-        ({"ema_momentum": 1.5}, "--ema-momentum 1.5: out of range"),
+        *(
+            (name, flags, part)
+            for name in ("moco_v1", "moco_v2", "densecl")
+            for flags, part in (
+                ({"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
+                ({"queue_size": 0}, "--queue-size 0: no multiple"),
+                ({"queue_size": 96}, "over 80 images"),
+                ({"bn_groups": 3}, "--bn-groups 3"),
+                ({"ema_momentum": 1.5}, "--ema-momentum 1.5: out of range"),
+                ({"temperature": -1}, "--temperature -1.0: out of range"),
+            )
+        ),
+        ("densecl", {"dense_weight": 1.5}, "--dense-weight 1.5: out of range"),
+        ("byol", {"optimizer": "adam"}, "--optimizer adam: not one of sgd, lars"),
+        ("barlow", {"optimizer": "adam"}, "--optimizer adam: not one of adamw, sgd, lars"),
+        ("barlow", {"redundancy_weight": -1}, "--redundancy-weight -1.0: out of range"),
+        ("swav", {"optimizer": "lars"}, "--optimizer lars: not one of adamw, sgd, larc"),
+        ("swav", {"queue_size": 40}, "--queue-size 40: no multiple of --batch-size 16"),
+        ("swav", {"epsilon": 0}, "--epsilon 0.0: out of range"),
+        ("moco_v3", {"optimizer": "sgd"}, "--optimizer sgd: not one of adamw, lars"),
+        ("moco_v3", {"size": 30}, "--size 30: no multiple of --patch-size 8"),
+        ("moco_v3", {"crop_min": 2}, "--crop-min 2.0: out of range"),
     ],
 )
-def test_flags_of_moco(flags, part, folder, tmp_path, capsys):
+def test_flags_of_one_method(name, flags, part, folder, tmp_path, capsys):
+    script = importlib.import_module(name)
+
     def program():
-        moco_v1.main(small_args(moco_v1, data=folder, out=tmp_path / "run", **flags))
+        script.main(small_args(script, data=folder, out=tmp_path / "run", **flags))
 
     assert part in error_line(capsys, program)
 

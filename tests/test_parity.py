@@ -1,20 +1,38 @@
-"""W processes are one process: the loss and every gradient, in float64, on gloo.
+"""W processes are one process: the loss, every gradient and the state after the step, in float64,
+on gloo. Each script is also broken on purpose, to see that the comparison would notice.
 
 Where batch normalisation is global by design, all processes get a differentiable synchronised one
 of this file's own (torch's refuses the CPU); where it is per group, one process has the groups."""
 
 import importlib
-import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import SCRIPTS, model_of, small_args
+from conftest import SCRIPTS, model_of, small_args, views_for
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 BATCH = 16
+BROKEN = {  # what is replaced in which script, by a mistake that others have made
+    "simclr": "a gather without gradient",
+    "barlow": "an all_reduce without gradient",
+    "swav": "Sinkhorn over the local batch",
+    "moco_v1": "keys left shuffled",
+    "moco_v3": "labels without the offset of the rank",
+}
+
+
+class Sum(torch.autograd.Function):
+    """Over all processes, in both directions."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    backward = forward
 
 
 class GlobalBatchNorm(nn.Module):
@@ -27,7 +45,7 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x):
         dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         sums = torch.stack([x.sum(dims), x.square().sum(dims), torch.ones_like(x).sum(dims)])
-        sums = all_reduce(sums) if dist.is_initialized() else sums
+        sums = Sum.apply(sums) if dist.is_initialized() else sums
         mean = sums[0] / sums[2]
         scale = (sums[1] / sums[2] - mean**2 + self.eps).rsqrt()
         x = (x - mean.view(shape)) * scale.view(shape)
@@ -44,40 +62,6 @@ def synchronise(module):
             synchronise(child)
 
 
-def step(rank, world_size, name, path, breakage=None):
-    """Loss and backward on this process's share of a fixed batch; rank 0 saves what came out."""
-    if world_size > 1:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", f"file://{path}.store", rank=rank, world_size=world_size)
-    script = importlib.import_module(name)
-    args = small_args(script, batch_size=BATCH, bn_groups=4, projection_dim=8)
-    torch.manual_seed(0)
-    model = model_of(script)(args).double()
-    if "bn_groups" not in vars(args):
-        synchronise(model)
-    views = torch.randn(2, BATCH, 3, 32, 32, dtype=torch.float64, generator=torch.manual_seed(1))
-    share = views.chunk(world_size, dim=1)[rank]
-    if breakage == "plain gather":
-        script.gather = plain_gather
-    network = model
-    if world_size > 1:
-        network = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(2)  # the same permutation, whatever the number of processes
-    loss = network(*share)
-    loss.backward()
-    total = loss.detach().clone()
-    if world_size > 1:
-        dist.all_reduce(total)
-    if rank == 0:
-        state = {"loss": total / world_size}
-        state |= {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
-        state |= {n: b for n, b in model.named_buffers() if "queue" in n}
-        state |= {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-        torch.save(state, path)
-    if world_size > 1:
-        dist.destroy_process_group()
-
-
 def plain_gather(x):
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.detach().contiguous())
@@ -85,22 +69,111 @@ def plain_gather(x):
     return torch.cat(parts)
 
 
-def largest_difference(name, world_size, folder, breakage=None):
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    one, many = str(folder / "one.pt"), str(folder / "many.pt")
-    step(0, 1, name, one)
-    mp.spawn(step, (world_size, name, many, breakage), nprocs=world_size)
-    one, many = (
-        {k: v.double() for k, v in torch.load(p, weights_only=True).items()} for p in (one, many)
-    )
-    assert one.keys() == many.keys() and len(one) > 10
-    return max(((one[k] - many[k]).norm() / (one[k].norm() + 1e-12)).item() for k in one)
+def plain_total(x):
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return sum(parts) - x.detach() + x
+
+
+def break_on_purpose(script, name):
+    if name == "simclr":
+        script.gather = plain_gather
+    if name == "barlow":
+        script.total = plain_total
+    if name == "moco_v1":
+        script.unshuffle = lambda k, permutation: k
+    if name == "swav":
+        sinkhorn, alone = script.sinkhorn, lambda: (0, 1)
+
+        def local(*arguments):
+            together, script.processes = script.processes, alone
+            codes = sinkhorn(*arguments)
+            script.processes = together
+            return codes
+
+        script.sinkhorn = local
+    if name == "moco_v3":
+        loss, alone = script.contrastive_loss, lambda: (0, 1)
+        gathered = script.gather
+
+        def without_offset(q, k, temperature):
+            script.gather, k = (lambda x: x), gathered(k)
+            together, script.processes = script.processes, alone
+            value = loss(q, k, temperature)
+            script.gather, script.processes = gathered, together
+            return value
+
+        script.contrastive_loss = without_offset
+
+
+def step(name, rank=0, world_size=1):
+    """A step of the method on this process's share of a fixed batch, and what came out of it."""
+    script = importlib.import_module(name)
+    args = small_args(script, batch_size=BATCH, bn_groups=4, projection_dim=8, queue_size=BATCH)
+    torch.manual_seed(0)
+    model = model_of(script)(args).double()
+    if "bn_groups" not in vars(args):
+        synchronise(model)
+    if hasattr(model, "prototypes"):
+        model.queue.normal_()  # full
+    optimizer = torch.optim.SGD(  # plain: others would hide a gradient of another size
+        [{"params": group["params"]} for group in script.build_optimizer(args, model).param_groups])
+    views = [x.chunk(world_size)[rank] for x in views_for(args, BATCH, torch.float64)]
+    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    torch.manual_seed(2)  # the same permutation, whatever the number of processes
+    loss = network(*views)
+    loss.backward()
+    found = {f"grad {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    script.update(args, model, optimizer, args.epochs / 2)
+    total = loss.detach().clone()
+    if world_size > 1:
+        dist.all_reduce(total)
+    found |= {  # running statistics are per process where batch normalisation is
+        n: v.double() for n, v in model.state_dict().items()
+        if "running" not in n and "batches" not in n
+    }
+    return {"loss": total / world_size} | found
+
+
+def work(rank, world_size, folder):
+    """All scripts in one group of processes, then once more with their mistakes."""
+    torch.set_num_threads(1)
+    torch.Tensor.float = torch.Tensor.double  # "full precision" is double here
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=world_size)
+    for broken in (False, True):
+        for name in BROKEN if broken else SCRIPTS:
+            if broken:
+                break_on_purpose(importlib.import_module(name), name)
+            found = step(name, rank, world_size)
+            if rank == 0:
+                torch.save(found, f"{folder}/{name}-{broken}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def differ(request, tmp_path_factory):
+    """differ(name, broken): the largest relative difference between W processes and one."""
+    folder = tmp_path_factory.mktemp("parity")
+    mp.spawn(work, (request.param, str(folder)), nprocs=request.param)
+
+    def difference(name, broken=False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+            one = step(name)
+        many = torch.load(folder / f"{name}-{broken}.pt", weights_only=True)
+        assert one.keys() == many.keys() and len(one) > 10
+        # A bias before a batch normalisation has no gradient, only rounding errors: hence 1e-4.
+        return max(((one[k] - many[k]).norm() / (one[k].norm() + 1e-4)).item() for k in one)
+
+    return difference
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_two_processes_have_the_gradient_of_one(name, tmp_path):
-    assert largest_difference(name, 2, tmp_path) < 1e-9
+def test_the_step_of_many_processes_is_that_of_one(name, differ):
+    assert differ(name) < 1e-9
 
 
-def test_the_test_sees_a_gather_without_gradient(tmp_path):
-    assert largest_difference("simclr", 2, tmp_path, "plain gather") > 1e-3
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_mistake_would_be_seen(name, differ):
+    assert differ(name, broken=True) > 1e-3, BROKEN[name]

@@ -25,7 +25,7 @@ def definitions(name):
 
 def free(name):
     """Names that may differ between scripts: the method itself and what builds it."""
-    return name in MODELS | {"Args", "learning_rate", "main"} or name.startswith("build_")
+    return name in MODELS | {"Args", "learning_rate", "update", "main"} or name.startswith("build_")
 
 
 def test_one_name_one_body():
@@ -54,7 +54,7 @@ def test_shared_names_stand_in_one_order():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_form(name):
     source = (ROOT / f"{name}.py").read_text()
-    assert len(source.splitlines()) <= 350
+    assert len(source.splitlines()) <= 400
     assert source.index("- method\n") < source.index("- skeleton\n")
     assert source.endswith('\n\nif __name__ == "__main__":\n    main(parse_args())\n')
     doc = ast.get_docstring(TREES[name])
@@ -75,9 +75,11 @@ def test_recipes(name):
 
     script = importlib.import_module(name)
     known = {field.name: field.type for field in fields(script.Args)}
-    assert script.RECIPES["recipe"] == ("patterns", "cifar10", "imagenet")
+    columns = script.RECIPES["recipe"]
+    assert columns[:3] == ("patterns", "cifar10", "imagenet")
     for row, values in script.RECIPES.items():
-        assert len(values) == 3 and all(type(value) is known[row] for value in values), row
+        assert len(values) == len(columns), row
+        assert all(type(value) is known[row] for value in values), row
     unset = {
         field.name for field in fields(script.Args) if not field.default and field.type is not bool
     }

@@ -1,10 +1,13 @@
 """Every script runs, in one process and in two, and a resumed run is the uninterrupted one."""
 
+import contextlib
+import importlib
+import io
 import json
 
 import pytest
 import torch
-from conftest import error_line, model_of, small_args, torchrun, words
+from conftest import ROOT, SCRIPTS, error_line, model_of, small_args, torchrun, words
 
 FIELDS = {
     "method",
@@ -41,33 +44,77 @@ def same(a, b):
     return a == b
 
 
-def test_one_process(script, folder, tmp_path, capsys):
-    result = script.main(small_args(script, data=folder, out=tmp_path))
-    assert FIELDS <= result.keys() and result == json.loads((tmp_path / "result.json").read_text())
+WHOLE = {}  # a finished run of each script, made once
+
+
+@pytest.fixture
+def whole(script, folder, tmp_path_factory):
+    """(folder, result, what it printed) of an uninterrupted run of three epochs."""
+    if script not in WHOLE:
+        out, said = tmp_path_factory.mktemp("whole"), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            result = script.main(small_args(script, data=folder, out=out, epochs=3))
+        WHOLE[script] = out, result, said.getvalue()
+    return WHOLE[script]
+
+
+def test_one_process(script, folder, whole, capsys):
+    out, result, said = whole
+    assert FIELDS <= result.keys() and result == json.loads((out / "result.json").read_text())
     assert result["method"] == script.__name__ and result["data"] == "small"
-    assert [line["epoch"] for line in log_of(tmp_path)] == [0, 1, 2]
-    assert (tmp_path / "report.png").stat().st_size > 10_000
-    backbone, _ = script.build_backbone(small_args(script, data=folder, out=tmp_path))
-    backbone.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True))
-    assert "linear top-1" in capsys.readouterr().out
-    assert "finished" in error_line(
-        capsys, script.main, small_args(script, data=folder, out=tmp_path)
-    )
-    assert "--seed 0 there, 1 here" in error_line(
-        capsys, script.main, small_args(script, data=folder, out=tmp_path, seed=1)
-    )
+    log = log_of(out)
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    shown = {"loss", "lr", "std", "effective_rank", "knn_top1"}
+    assert all(shown <= line.keys() for line in log[1:])
+    assert "(chance " in said and "std " in said and "linear top-1" in said
+    assert (out / "report.png").stat().st_size > 10_000
+    args = small_args(script, data=folder, out=out, epochs=3)
+    backbone, _ = script.build_backbone(args)
+    backbone.load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
+    assert "finished" in error_line(capsys, script.main, args)
+    args.seed = 1
+    assert "--seed 0 there, 1 here" in error_line(capsys, script.main, args)
+
+
+def test_a_finished_run_is_overwritten_if_told_to(folder, tmp_path):
+    script = importlib.import_module("simclr")
+    first = script.main(small_args(script, data=folder, out=tmp_path))
     again = script.main(small_args(script, data=folder, out=tmp_path, overwrite=True))
-    assert again["linear_top1"] == result["linear_top1"]  # the same seed, the same run
+    assert again["linear_top1"] == first["linear_top1"]  # the same seed, the same run
 
 
-def test_two_processes(script, folder, tmp_path):
-    ran = torchrun(
-        2, f"{script.__name__}.py", *words(script, recipe="patterns", data=folder, out=tmp_path)
+def test_two_processes(folder, tmp_path):
+    """All scripts in one pair of processes, which saves the time to start it for each."""
+    commands = {
+        name: words(
+            importlib.import_module(name), recipe="patterns", data=folder, out=tmp_path / name)
+        for name in SCRIPTS
+    }
+    program = tmp_path / "all.py"
+    program.write_text(
+        f"import importlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        f"for name, words in {commands!r}.items():\n"
+        "    script = importlib.import_module(name)\n"
+        "    script.main(script.parse_args(words))\n"
     )
+    ran = torchrun(2, program)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["world_size"] == 2 and result["linear_top1"] is not None
-    assert ran.stdout.count("epoch 2/2") == 1  # one process speaks
+    for name in SCRIPTS:
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert result["world_size"] == 2 and result["linear_top1"] is not None
+    assert ran.stdout.count("epoch 2/2") == len(SCRIPTS)  # one process speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 8])
+def test_torchrun(processes, script, folder, tmp_path):
+    """As users start it; eight processes on two cores only for the script that the README names."""
+    if processes == 8 and script.__name__ != "swav":
+        pytest.skip("two processes are enough")
+    command = words(script, recipe="patterns", data=folder, out=tmp_path, epochs=1)
+    ran = torchrun(processes, f"{script.__name__}.py", *command)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert json.loads((tmp_path / "result.json").read_text())["world_size"] == processes
 
 
 def test_unlabelled_large_images(script, photos, tmp_path, capsys):
@@ -78,9 +125,8 @@ def test_unlabelled_large_images(script, photos, tmp_path, capsys):
     assert "needs labels" in capsys.readouterr().out
 
 
-def test_resumed_equals_uninterrupted(script, folder, tmp_path, monkeypatch, capsys):
-    script.main(small_args(script, data=folder, out=tmp_path / "whole", epochs=3))
-    args = small_args(script, data=folder, out=tmp_path / "killed", epochs=3)
+def test_resumed_equals_uninterrupted(script, folder, whole, tmp_path, monkeypatch, capsys):
+    args = small_args(script, data=folder, out=tmp_path, epochs=3)
     health, calls = script.health, []
 
     def interrupted(z):
@@ -93,12 +139,11 @@ def test_resumed_equals_uninterrupted(script, folder, tmp_path, monkeypatch, cap
         patch.setattr(script, "health", interrupted)
         script.main(args)
     assert end.value.code == 130 and "the same command goes on" in capsys.readouterr().out
-    assert [line["epoch"] for line in log_of(tmp_path / "killed")] == [0, 1]
+    assert [line["epoch"] for line in log_of(tmp_path)] == [0, 1]
     script.main(args)
-    assert log_of(tmp_path / "killed") == log_of(tmp_path / "whole")
+    assert log_of(tmp_path) == log_of(whole[0])
     whole, killed = (
-        torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-        for name in ("whole", "killed")
+        torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole[0], tmp_path)
     )
     assert same(whole["model"], killed["model"]) and same(whole["optimizer"], killed["optimizer"])
 
@@ -117,3 +162,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     line = error_line(capsys, script.main, small_args(script, data=folder, out=tmp_path))
     assert "epoch 2 is not finite" in line
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] == 1
+
+
+def test_a_collapse_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    """SimSiam without what keeps it from collapsing says so, and goes on."""
+    script = importlib.import_module("simsiam")
+    monkeypatch.setattr(script, "health", lambda z: {"std": 0.02, "effective_rank": 1.0})
+    script.main(small_args(script, data=folder, out=tmp_path, epochs=1))
+    said = capsys.readouterr().out
+    assert said.count("warning: std 0.020: ") == 1 and "collapsed" in said
+    assert log_of(tmp_path)[1]["std"] == 0.02
