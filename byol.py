@@ -24,7 +24,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Args:
     recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
     arch: str = ""  # thin (four narrow stages), or a ResNet of torchvision, such as resnet50
     size: int = 0  # pixels, the side of a view
+    crop_min: float = 0.0  # the smallest crop's share of the image's area
     epochs: int = 0  # passes over the images
     batch_size: int = 0  # images, over all processes
     optimizer: str = ""  # sgd or lars
@@ -69,6 +70,7 @@ RECIPES = {  # minutes on two cores; one GPU; the paper's own numbers (section 3
     "recipe":         ("patterns", "cifar10",  "imagenet"),
     "arch":           ("thin",     "resnet18", "resnet50"),
     "size":           (32,         32,         224),
+    "crop_min":       (0.2,        0.08,       0.08),
     "epochs":         (30,         200,        1000),
     "batch_size":     (64,         256,        4096),
     "optimizer":      ("sgd",      "sgd",      "lars"),
@@ -299,7 +301,8 @@ def train(args, augments):
 def main(args):
     """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
     try:
-        return train(args, adapt(AUGMENTS[METHOD], args.size))  # two different views
+        views = [replace(a, scale=(args.crop_min, 1.0)) for a in AUGMENTS[METHOD]]
+        return train(args, adapt(views, args.size))  # two different views
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM
         if processes()[0] == 0:
             print("\nstopped; the same command goes on after the last finished epoch", flush=True)

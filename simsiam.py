@@ -67,7 +67,7 @@ RECIPES = {  # minutes on two cores; one GPU (appendix D); the paper's own numbe
     "size":           (32,         32,         224),
     "epochs":         (25,         200,        100),
     "batch_size":     (64,         512,        512),
-    "lr":             (0.4,        0.03,       0.05),
+    "lr":             (0.8,        0.03,       0.05),
     "weight_decay":   (1e-4,       5e-4,       1e-4),
     "projection_dim": (256,        2048,       2048),
     "predictor_dim":  (64,         512,        512),

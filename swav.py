@@ -84,7 +84,7 @@ RECIPES = {  # minutes on two cores; one GPU; the paper's own numbers (section 5
     "small_crops":         (4,          0,          6),
     "crop_split":          (0.3,        0.14,       0.14),
     "epochs":              (20,         200,        800),
-    "batch_size":          (64,         512,        4096),
+    "batch_size":          (128,        512,        4096),
     "optimizer":           ("adamw",    "adamw",    "larc"),
     "lr":                  (0.004,      0.002,      0.3),
     "warmup_epochs":       (1.0,        10.0,       10.0),

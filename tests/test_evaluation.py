@@ -1,11 +1,13 @@
 """The evaluation is honest: frozen to the bit, nothing chosen on the test set."""
 
+import importlib
 import json
 import math
 
 import pytest
 import simclr
 import torch
+import torch.nn.functional as F
 import torchvision
 from conftest import error_line, small_args, torchrun
 from torch import nn
@@ -227,13 +229,81 @@ def test_official_checkpoints_are_recognised(layout, resnet, dropped, tmp_path):
         assert all(torch.equal(loaded[name], body[name]) for name in body)
 
 
+def official_vit(dim):
+    """MoCo v3's ViT under its official names, random, and what it computes, written out plainly."""
+    chance = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=chance) / shape[-1] ** 0.5
+
+    state = {
+        "cls_token": draw(1, 1, dim), "pos_embed": draw(1, 197, dim),
+        "patch_embed.proj.weight": draw(dim, 3, 16, 16) / 16, "patch_embed.proj.bias": draw(dim),
+        "norm.weight": 1 + draw(dim), "norm.bias": draw(dim),
+    }
+    for i in range(12):
+        for name, out, wide in (
+            ("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim),
+            ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim),
+        ):
+            state |= {f"blocks.{i}.{name}.weight": draw(out, wide),
+                      f"blocks.{i}.{name}.bias": draw(out)}
+        for name in ("norm1", "norm2"):
+            state |= {f"blocks.{i}.{name}.weight": 1 + draw(dim),
+                      f"blocks.{i}.{name}.bias": draw(dim)}
+
+    def forward(x, heads=12):
+        def part(name):
+            return state[name + ".weight"], state[name + ".bias"]
+
+        def norm(x, name):
+            return F.layer_norm(x, (dim,), *part(name), eps=1e-6)
+
+        x = F.conv2d(x, *part("patch_embed.proj"), stride=16).flatten(2).mT
+        x = torch.cat([state["cls_token"].expand(len(x), 1, dim), x], 1) + state["pos_embed"]
+        for i in range(12):
+            qkv = F.linear(norm(x, f"blocks.{i}.norm1"), *part(f"blocks.{i}.attn.qkv"))
+            q, k, v = qkv.view(len(x), 197, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)
+            weight = (q @ k.mT / (dim // heads) ** 0.5).softmax(-1)
+            mixed = (weight @ v).transpose(1, 2).reshape(len(x), 197, dim)
+            x = x + F.linear(mixed, *part(f"blocks.{i}.attn.proj"))
+            hidden = F.gelu(F.linear(norm(x, f"blocks.{i}.norm2"), *part(f"blocks.{i}.mlp.fc1")))
+            x = x + F.linear(hidden, *part(f"blocks.{i}.mlp.fc2"))
+        return norm(x, "norm")[:, 0]
+
+    return state, forward
+
+
+@pytest.mark.parametrize("name, dim", [("vit_small", 384), ("vit_base", 768)])
+def test_official_vit_is_recognised_and_computes_the_same(name, dim, tmp_path):
+    body, forward = official_vit(dim)
+    state = {f"module.base_encoder.{key}": value for key, value in body.items()}
+    state |= {"module.base_encoder.head.0.weight": torch.zeros(4, 4)}
+    state |= {f"module.momentum_encoder.{key}": value for key, value in body.items()}
+    torch.save({"state_dict": state}, tmp_path / "official.pth")
+    backbone, _, description = common.load_backbone(tmp_path / "official.pth")
+    assert description == f"{name}, MoCo v3; left out: head, momentum_encoder"
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(backbone.eval()(x), forward(x), atol=1e-3, rtol=1e-3)
+
+
+def test_our_vit_is_evaluated_again(folder, tmp_path):
+    moco_v3 = importlib.import_module("moco_v3")
+    result = moco_v3.main(small_args(moco_v3, data=folder, out=tmp_path, epochs=1))
+    backbone, augment, description = common.load_backbone(tmp_path / "checkpoint.pt")
+    assert "moco_v3, vit_thin, epoch 1" in description
+    again = common.linear_eval(backbone, small_data(folder), augment, "cpu")
+    assert again["linear_top1"] == result["linear_top1"]
+
+
 def test_what_is_no_backbone_is_refused(tmp_path, capsys):
     path = tmp_path / "x.pth"
     state, _ = official("moco")
     for content, part in (
         ({"weights": torch.zeros(2)}, "no ResNet"),
         ([1, 2], "no weights"),
-        ({k: v for k, v in state["state_dict"].items() if "layer4" not in k}, "of no ResNet"),
+        ({k: v for k, v in state["state_dict"].items() if "layer4" not in k}, "none of resnet18"),
     ):
         torch.save(content, path)
         assert part in error_line(capsys, common.load_backbone, path)
