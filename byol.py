@@ -74,12 +74,12 @@ RECIPES = {  # minutes on two cores; one GPU; the paper's own numbers (section 3
     "epochs":         (30,         200,        1000),
     "batch_size":     (64,         256,        4096),
     "optimizer":      ("sgd",      "sgd",      "lars"),
-    "lr":             (0.4,        0.12,       0.2),
+    "lr":             (0.6,        0.12,       0.2),
     "warmup_epochs":  (1.0,        10.0,       10.0),
     "weight_decay":   (1e-4,       5e-4,       1.5e-6),
     "hidden_dim":     (256,        1024,       4096),
     "projection_dim": (256,        256,        256),
-    "ema_momentum":   (0.99,       0.99,       0.996),
+    "ema_momentum":   (0.95,       0.99,       0.996),
     "eval_every":     (5,          10,         10),
 }
 

@@ -480,6 +480,8 @@ class Views:
         self.device, self.seed, self.workers, self.epoch = torch.device(device), seed, workers, 0
         if batch_size % processes()[1]:
             fail(f"--batch-size {batch_size} cannot be shared by {processes()[1]} processes")
+        if batch_size < 2 * processes()[1]:
+            fail(f"--batch-size {batch_size}: batch normalisation takes two images a process")
         if batch_size > len(images):
             fail(f"--batch-size {batch_size}, but the data has only {len(images)} images")
 

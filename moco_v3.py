@@ -46,7 +46,7 @@ METHOD = "moco_v3"
 @dataclass
 class Args:
     data: str = "patterns"  # patterns, cifar10, cifar100, stl10, or a folder of images
-    recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
+    recipe: str = ""  # patterns, cifar10, imagenet, imagenet_resnet50; empty: suits the data
     arch: str = ""  # vit_thin, vit_small, vit_base, or a ResNet of torchvision, such as resnet50
     size: int = 0  # pixels, the side of a view
     patch_size: int = 0  # pixels, the side of a ViT's patch
@@ -76,14 +76,14 @@ RECIPES = {  # minutes on two cores; one GPU; the paper's own numbers for ViT an
     "size":           (32,         32,         224,         224),
     "patch_size":     (8,          4,          16,          16),
     "crop_min":       (0.2,        0.2,        0.08,        0.2),
-    "epochs":         (20,         200,        300,         1000),
+    "epochs":         (30,         200,        300,         1000),
     "batch_size":     (128,        512,        4096,        4096),
     "optimizer":      ("adamw",    "lars",     "adamw",     "lars"),
-    "lr":             (2e-3,       1.0,        1.5e-4,      0.3),
+    "lr":             (4e-3,       1.0,        1.5e-4,      0.3),
     "warmup_epochs":  (2.0,        10.0,       40.0,        10.0),
     "weight_decay":   (0.1,        1e-6,       0.1,         1.5e-6),
-    "temperature":    (0.2,        0.2,        0.2,         1.0),
-    "hidden_dim":     (256,        1024,       4096,        4096),
+    "temperature":    (0.1,        0.2,        0.2,         1.0),
+    "hidden_dim":     (1024,       1024,       4096,        4096),
     "projection_dim": (128,        256,        256,         256),
     "ema_momentum":   (0.99,       0.99,       0.99,        0.996),
     "eval_every":     (5,          10,         10,          10),
@@ -231,7 +231,7 @@ def learning_rate(args, epoch):
 
 def update(args, model, optimizer, epoch):
     """One step of the optimizer, at this fraction of an epoch, then one of the keys' encoder
-    (algorithm 1); returns the learning rate."""
+    (algorithm 1; the official code takes it before the next keys); returns the learning rate."""
     lr = learning_rate(args, epoch)
     for group in optimizer.param_groups:
         group["lr"] = lr

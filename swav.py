@@ -1,4 +1,4 @@
-"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments
+r"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments
 Mathilde Caron, Ishan Misra, Julien Mairal, Priya Goyal, Piotr Bojanowski, Armand Joulin.
 NeurIPS 2020, arXiv 2006.09882
 
@@ -8,6 +8,8 @@ all prototypes get equal shares of it, or one would get everything. Small crops 
 
     python swav.py                                            # a few CPU minutes, no download
     torchrun --nproc_per_node=8 swav.py --data /data/imagenet
+    torchrun --nproc_per_node=4 swav.py --data /data/imagenet --batch-size 256 --lr 0.6 \
+        --warmup-epochs 0 --queue-size 3840 --queue-start 15 --epochs 400   # few GPUs: the queue
 
 Read it beside simclr.py: clusters in place of negatives.
 

@@ -29,6 +29,7 @@ import common
         (["--bath-size", "64"], "unrecognized arguments"),
         (["--arch", "resnet51"], "--arch resnet51: neither "),
         (["--arch", "load_state_dict"], "load_state_dict: neither "),
+        (["--batch-size", "1"], "--batch-size 1: batch normalisation takes two images"),
         (["--batch-size", "5000"], "has only 4000 images"),
     ],
 )
