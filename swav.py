@@ -129,27 +129,30 @@ class SwAV(nn.Module):
         return self.encoder.backbone
 
     def forward(self, *crops):
-        rank, world_size = processes()
         with torch.no_grad():  # scores are cosines
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
         # One pass of the backbone for each resolution, then one of the head for all crops.
-        sizes = sorted({x.shape[-1] for x in crops}, reverse=True)
-        h = [self.backbone(torch.cat([x for x in crops if x.shape[-1] == s])) for s in sizes]
+        h = [self.backbone(torch.cat(same)) for same in (crops[:2], crops[2:]) if same]
         z = F.normalize(self.encoder.projector(torch.cat(h)), dim=1)  # (V B, C)
         with torch.autocast("cuda", enabled=False):  # exp(1 / epsilon) takes full precision
             scores = self.prototypes(z).chunk(len(crops))  # V of (B, P)
-            z, loss = torch.stack(z.detach().chunk(len(crops))[:2], dim=1), 0.0  # (B, 2, C)
-            for i in (0, 1):  # the codes of each large crop are predicted from all other crops
-                seen = scores[i].detach()
-                if len(self.queue) and self.queue[-1].any():  # only once it is full
-                    queue = self.queue.chunk(world_size)[rank]  # (K / W, 2, C)
-                    seen = torch.cat([seen, self.prototypes(queue[:, i]).detach()])
-                codes = sinkhorn(seen, self.epsilon, self.iterations)[:len(z)]  # (B, P)
-                others = [scores[v] for v in range(len(crops)) if v != i]
-                loss += sum(swapped_prediction(other, codes, self.temperature)
-                            for other in others) / len(others) / 2
-        self.large, self.z = z, z[:, 0]  # for the queue; for the health figures
-        return loss
+            codes = [self.assign(scores[i].detach(), i) for i in (0, 1)]  # of the large crops
+            # The codes of a large crop are predicted from every other crop.
+            loss = sum(swapped_prediction(scores[v], codes[i], self.temperature)
+                       for i in (0, 1) for v in range(len(crops)) if v != i)
+        self.large = torch.stack(z.detach().chunk(len(crops))[:2], dim=1)  # (B, 2, C), for update
+        self.z = self.large[:, 0]  # for the health figures
+        return loss / (2 * (len(crops) - 1))
+
+    @torch.no_grad()
+    def assign(self, scores, i):
+        """scores (B, P) of large crop i -> its codes (B, P), in which the queue has a say."""
+        pool = scores
+        if len(self.queue) and self.queue[-1].any():  # only once it is full
+            rank, world_size = processes()
+            queue = self.queue.chunk(world_size)[rank]  # (K / W, 2, C)
+            pool = torch.cat([scores, self.prototypes(queue[:, i])])
+        return sinkhorn(pool, self.epsilon, self.iterations)[:len(scores)]
 
 
 def swapped_prediction(scores, codes, temperature):

@@ -70,7 +70,7 @@ def main(paths):
         random = matched_rightly(model.encoder_q, images, augment)
         model.load_state_dict(checkpoint["model"])
         trained = matched_rightly(model.encoder_q, images, augment)
-        lines.append({"data": args.data, "arch": args.arch, "seed": args.seed,
+        lines.append({"data": data.name, "arch": args.arch, "seed": args.seed,
                       "epoch": checkpoint["epoch"], "trained": round(trained["right"], 1),
                       "random": round(random["right"], 1), "guess": trained["guess"],
                       "cells": trained["cells"]})

@@ -70,11 +70,31 @@ def table(name):
     return "\n".join([*lines, "", f"Device: {'; '.join(devices)}."])
 
 
+def matches(name):
+    """The rows of results/<name>.json, of results/matches.py, a line for each data set."""
+    groups = {}
+    for run in json.loads((ROOT / "results" / f"{name}.json").read_text()):
+        groups.setdefault((run["data"], run["arch"], run["epoch"]), []).append(run)
+    lines = [
+        "| images | backbone | epochs | seeds | trained (%) | random weights (%) | a guess (%) |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for (data, arch, epoch), group in groups.items():
+        columns = [data, arch, str(epoch), str(len(group)), spread(group, "trained"),
+                   spread(group, "random"), f"{group[0]['guess']:.1f}"]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
 def readme():
     """README.md with what stands between `<!-- table NAME -->` and `<!-- end -->` made anew."""
     return re.sub(
         r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: f"{found.group(1)}{table(found.group(2))}\n{found.group(3)}",
+        lambda found: "{}{}\n{}".format(
+            found.group(1),
+            (matches if "matches" in found.group(2) else table)(found.group(2)),
+            found.group(3),
+        ),
         (ROOT / "README.md").read_text(),
         flags=re.DOTALL,
     )
