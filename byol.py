@@ -109,7 +109,7 @@ class BYOL(nn.Module):
         with torch.no_grad():  # no gradient to the target; its batch normalisation is in train mode
             target_z1, target_z2 = self.target_encoder(x1), self.target_encoder(x2)  # (B, C)
         self.z = z1.detach()  # for the health figures
-        return regression_loss(p1, target_z2) + regression_loss(p2, target_z1)
+        return regression_loss(p1, target_z2) + regression_loss(p2, target_z1)  # both ways
 
 
 def regression_loss(p, z):
@@ -149,8 +149,8 @@ def build_backbone(args):
 
 @torch.no_grad()
 def ema_update(source, target, momentum):
-    """Equation 2: target <- momentum * target + (1 - momentum) * source, parameters only; the
-    running statistics of the target are its own."""
+    """target <- momentum * target + (1 - momentum) * source (MoCo, equation 2; BYOL, equation 1),
+    parameters only; the running statistics of the target are its own."""
     for p, p_target in zip(source.parameters(), target.parameters(), strict=True):
         p_target.lerp_(p, 1 - momentum)
 

@@ -157,8 +157,8 @@ def build_backbone(args, norm_layer=nn.BatchNorm2d):
 
 @torch.no_grad()
 def ema_update(source, target, momentum):
-    """Equation 2: target <- momentum * target + (1 - momentum) * source, parameters only; the
-    running statistics of the target are its own."""
+    """target <- momentum * target + (1 - momentum) * source (MoCo, equation 2; BYOL, equation 1),
+    parameters only; the running statistics of the target are its own."""
     for p, p_target in zip(source.parameters(), target.parameters(), strict=True):
         p_target.lerp_(p, 1 - momentum)
 

@@ -9,8 +9,7 @@ so the projection of the patches keeps its random start.
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet
     torchrun --nproc_per_node=8 moco_v3.py --data /data/imagenet --recipe imagenet_resnet50
 
-Read it beside byol.py, from which it differs by its loss and network; moco_v2.py is where it comes
-from.
+Read it beside byol.py: another loss, another network; moco_v2.py is what it goes on from.
 
 The paper's words -> ours: f_q -> encoder_q (backbone, projector) and predictor; f_k -> encoder_k;
 m -> ema_momentum; tau -> temperature; ctr -> contrastive_loss.
@@ -194,8 +193,8 @@ def position_embedding(side, dim):
 
 @torch.no_grad()
 def ema_update(source, target, momentum):
-    """Equation 2: target <- momentum * target + (1 - momentum) * source, parameters only; the
-    running statistics of the target are its own."""
+    """target <- momentum * target + (1 - momentum) * source (MoCo, equation 2; BYOL, equation 1),
+    parameters only; the running statistics of the target are its own."""
     for p, p_target in zip(source.parameters(), target.parameters(), strict=True):
         p_target.lerp_(p, 1 - momentum)
 

@@ -8,7 +8,7 @@ non-linear head that is thrown away afterwards, and a large batch for many negat
     python simclr.py                                            # a few CPU minutes, no download
     torchrun --nproc_per_node=8 simclr.py --data /data/imagenet
 
-Read it first; moco_v1.py replaces the large batch by a queue.
+Read it first; moco_v1.py replaces the large batch by a queue, byol.py goes without negatives.
 
 The paper's words -> ours: base encoder f -> backbone; projection head g -> projector; z -> z;
 N images, 2N views -> B images a process, W processes; tau -> temperature.

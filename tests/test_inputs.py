@@ -9,7 +9,7 @@ import numpy
 import pytest
 import simclr
 import torch
-from conftest import error_line, small_args
+from conftest import error_line, small_args, words
 from PIL import Image
 
 import common
@@ -30,12 +30,14 @@ import common
         (["--arch", "resnet51"], "--arch resnet51: neither "),
         (["--arch", "load_state_dict"], "load_state_dict: neither "),
         (["--batch-size", "1"], "--batch-size 1: batch normalisation takes two images"),
-        (["--batch-size", "5000"], "has only 4000 images"),
+        (["--batch-size", "5000"], "has only 80 images"),
     ],
 )
-def test_flags(script, flags, part, tmp_path, capsys):
+def test_flags(script, flags, part, folder, tmp_path, capsys):
+    command = [*words(script, data=folder, out=tmp_path / "run"), *flags]
+
     def program():
-        script.main(script.parse_args([*flags, "--out", str(tmp_path / "run")]))
+        script.main(script.parse_args(command))
 
     assert part in error_line(capsys, program)
     assert not (tmp_path / "run").exists()
@@ -220,10 +222,10 @@ def test_data_set_out_of_reach_says_what_to_put_where(tmp_path, monkeypatch, cap
 
 
 def test_evaluation_program(tmp_path, monkeypatch, capsys):
-    for words, part in (
+    for command, part in (
         ([], "required: checkpoint"),
         (["none.pt"], "not a readable checkpoint"),
         (["none.pt", "--epochs", "x"], "invalid int value"),
     ):
-        monkeypatch.setattr("sys.argv", ["common.py", *words])
+        monkeypatch.setattr("sys.argv", ["common.py", *command])
         assert part in error_line(capsys, common.main)
