@@ -766,8 +766,8 @@ def resume(method, args, world_size):
     new = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
     new |= {"method": method, "processes": world_size}
     free = ("--workers", "--root", "--out", "--compile", "--overwrite")  # no other result
-    differ = [f"{name} {old.get(name)} there, {value} here"
-              for name, value in new.items() if name not in free and old.get(name) != value]
+    differ = [f"{name} {old.get(name)} there, {new.get(name)} here"  # None: another version's flag
+              for name in new | old if name not in free and old.get(name) != new.get(name)]
     if not differ and not finished:
         return checkpoint
     if not args.overwrite:
@@ -859,8 +859,13 @@ def load_backbone(path):
         fail(f"{path}: no ResNet or ViT found under any of the names {', '.join(LAYOUTS)}")
     body = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
     if "method" in checkpoint:
-        script = importlib.import_module(checkpoint["method"])
-        args = script.Args(**checkpoint["args"])
+        try:  # only a script that lies beside this file is imported
+            if not Path(__file__).with_name(f"{Path(checkpoint['method']).name}.py").exists():
+                raise ImportError(f"no {checkpoint['method']}.py")
+            script = importlib.import_module(checkpoint["method"])
+            args = script.Args(**checkpoint["args"])
+        except (ImportError, AttributeError, KeyError, TypeError) as error:
+            fail(f"{path} is of another version of this program ({error})")
         backbone = script.build_backbone(args)[0]
         augment = adapt(AUGMENTS[checkpoint["method"]], args.size)[0]
         name = f"{checkpoint['method']}, {args.arch}, epoch {checkpoint['epoch']}"

@@ -4,6 +4,7 @@ import errno
 import importlib
 import resource
 import shutil
+from dataclasses import fields
 
 import numpy
 import pytest
@@ -77,6 +78,25 @@ def test_flags_of_one_method(name, flags, part, folder, tmp_path, capsys):
         script.main(small_args(script, data=folder, out=tmp_path / "run", **flags))
 
     assert part in error_line(capsys, program)
+
+
+def test_every_number_has_its_range(script, capsys):
+    """Wrong numbers for each flag: what is accepted is in range, the rest has its line."""
+    for field in fields(script.Args):
+        if field.type not in (int, float):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        fraction = ["1.5"] if field.type is int else []
+        for value in ["x", "", "nan", "-1", "0", "1e10", "9" * 12, *fraction]:
+            try:
+                args = script.parse_args([flag, value])
+            except SystemExit as end:
+                lines = capsys.readouterr().err.splitlines()
+                assert end.code == 2 and len(lines) == 1 and flag in lines[0], (flag, value, lines)
+                assert value != "0" or field.name not in common.ZERO_ALLOWED
+            else:
+                assert value == "0" and field.name in common.ZERO_ALLOWED, (flag, value)
+                assert getattr(args, field.name) == 0
 
 
 def test_a_batch_that_the_processes_cannot_share(monkeypatch, capsys):
@@ -177,6 +197,56 @@ def test_truncated_checkpoint_and_wrong_checkpoint(folder, tmp_path, capsys):
         small_args(simclr, data=folder, out=tmp_path, epochs=1, temperature=0.3),
     )
     simclr.main(args)  # what was finished but for its result is finished now
+
+
+def test_a_checkpoint_cut_short_anywhere_has_its_line(folder, tmp_path, capsys):
+    args = small_args(simclr, data=folder, out=tmp_path, epochs=1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1000))])
+    content = {"method": "simclr", "args": vars(args), "optimizer": optimizer.state_dict()}
+    common.save(tmp_path / "checkpoint.pt", content | {"model": {"w": torch.randn(10_000)}})
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for part in range(10):
+        (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) * part // 10])
+        line = error_line(capsys, simclr.main, args)
+        assert "checkpoint.pt is not a readable checkpoint" in line
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_checkpoint_of_another_method_arch_or_version(folder, tmp_path, capsys):
+    args = small_args(simclr, data=folder, out=tmp_path, epochs=1)
+
+    def resumed(**changes):
+        content = {"method": "simclr", "world_size": 1, "args": dict(vars(args))}
+        for name, value in changes.items():
+            (content if name in content else content["args"])[name] = value
+        torch.save(content, tmp_path / "checkpoint.pt")
+        return error_line(capsys, simclr.main, args)
+
+    assert "method byol there, simclr here" in resumed(method="byol")
+    assert "--arch resnet18 there, thin here" in resumed(arch="resnet18")
+    assert "processes 2 there, 1 here" in resumed(world_size=2)
+    assert "--new-flag 3 there, None here" in resumed(new_flag=3)
+    assert "not a checkpoint of this program" in resumed(args=None)
+    model = {"encoder.backbone.conv1.weight": torch.zeros(1)}
+    for method, flags in (("os", {}), ("../simclr", {}), ("simclr", {"new": 1}), (3, {})):
+        torch.save({"method": method, "args": flags, "model": model}, tmp_path / "x.pt")
+        line = error_line(capsys, common.load_backbone, tmp_path / "x.pt")
+        assert "another version of this program" in line
+
+
+def test_a_folder_that_vanishes_during_training(photos, tmp_path, monkeypatch, capsys):
+    shutil.copytree(photos, tmp_path / "photos")
+    health = simclr.health
+
+    def vanishing(z):
+        shutil.rmtree(tmp_path / "photos", ignore_errors=True)
+        return health(z)
+
+    monkeypatch.setattr(simclr, "health", vanishing)
+    args = small_args(simclr, data=tmp_path / "photos", out=tmp_path / "run", size=64, batch_size=8)
+    line = error_line(capsys, simclr.main, args)
+    assert "cannot read the image" in line and ".jpg" in line
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["epoch"] == 1
 
 
 def test_no_place_to_write(folder, tmp_path, capsys):

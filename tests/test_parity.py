@@ -19,7 +19,11 @@ BROKEN = {  # what is replaced in which script, by a mistake that others have ma
     "barlow": "an all_reduce without gradient",
     "swav": "Sinkhorn over the local batch",
     "moco_v1": "keys left shuffled",
+    "moco_v2": "a queue of the own keys only",
+    "densecl": "a queue of the own keys only",
     "moco_v3": "labels without the offset of the rank",
+    "byol": "batch normalisation of the local batch",
+    "simsiam": "batch normalisation of the local batch",
 }
 
 
@@ -80,6 +84,17 @@ def break_on_purpose(script, name):
         script.gather = plain_gather
     if name == "barlow":
         script.total = plain_total
+    if name in ("byol", "simsiam"):
+        globals()["synchronise"] = lambda model: None
+    if name in ("moco_v2", "densecl"):
+        enqueue, gather = script.enqueue, script.gather
+
+        def own(*arguments):
+            script.gather = lambda x: x
+            enqueue(*arguments)
+            script.gather = gather
+
+        script.enqueue = own
     if name == "moco_v1":
         script.unshuffle = lambda k, permutation: k
     if name == "swav":
@@ -141,7 +156,7 @@ def work(rank, world_size, folder):
     torch.Tensor.float = torch.Tensor.double  # "full precision" is double here
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, rank=rank, world_size=world_size)
-    for broken in (False, True):
+    for broken in (False, True):  # those without synchronise come last
         for name in BROKEN if broken else SCRIPTS:
             if broken:
                 break_on_purpose(importlib.import_module(name), name)
