@@ -7,7 +7,10 @@ import pytest
 from conftest import run
 
 SHARE = 0.4  # of the recipe's epochs
-FLOORS = {}  # kNN top-1 in percent
+FLOORS = {  # kNN top-1 in percent, about 12 under what was measured; random weights: 20 to 43
+    "simclr": 54, "moco_v1": 48, "moco_v2": 44, "moco_v3": 58, "simsiam": 43, "byol": 31,
+    "barlow": 46, "swav": 40, "densecl": 49,
+}
 
 
 @pytest.mark.slow
