@@ -166,7 +166,7 @@ def work(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def differ(request, tmp_path_factory):
     """differ(name, broken): the largest relative difference between W processes and one."""
     folder = tmp_path_factory.mktemp("parity")
