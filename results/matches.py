@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import densecl  # noqa: E402
-from common import AUGMENTS, adapt, load, load_checkpoint, seeded  # noqa: E402
+from common import AUGMENTS, adapt, fail, load, load_checkpoint, seeded  # noqa: E402
 
 
 def right_cells(box_q, flip_q, box_k, flip_k, side):
@@ -59,7 +59,10 @@ def matched_rightly(encoder, images, augment, repeats=5):
 
 
 def main(paths):
-    lines = []
+    if not paths:
+        fail("name the checkpoint.pt of one or more runs of densecl.py")
+    record = ROOT / "results" / "densecl_matches.json"
+    kept, lines = json.loads(record.read_text()) if record.exists() else [], []
     for path in paths:
         checkpoint = load_checkpoint(path)
         args = densecl.Args(**checkpoint["args"])
@@ -75,7 +78,10 @@ def main(paths):
                       "random": round(random["right"], 1), "guess": trained["guess"],
                       "cells": trained["cells"]})
         print(json.dumps(lines[-1]))
-    (ROOT / "results" / "densecl_matches.json").write_text(json.dumps(lines, indent=1) + "\n")
+    same = ("data", "arch", "seed", "epoch")  # a run counted again replaces its line
+    again = [[line[key] for key in same] for line in lines]
+    lines = [line for line in kept if [line[key] for key in same] not in again] + lines
+    record.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 if __name__ == "__main__":
