@@ -14,7 +14,7 @@ The paper's words -> ours: base encoder f -> backbone; projection head g -> proj
 N images, 2N views -> B images a process, W processes; tau -> temperature.
 Letters: B images a process, W processes, D features, C embedding.
 
-Measured: 94.9 % linear top-1 on patterns (random weights 33.1 %), mean of 3 seeds."""
+Measured: 90.8 % linear top-1 on patterns (random weights 33.1 %), mean of 3 seeds."""
 import argparse
 import inspect
 import math
