@@ -7,6 +7,7 @@ Evaluate a saved run, or an official checkpoint (recognised by the names of its 
 
 Letters: B images a batch, N images, H x W pixels, S x S after the crop, D features, V views."""
 import argparse
+import contextlib
 import copy
 import importlib
 import io
@@ -38,15 +39,25 @@ def fail(message):
 
 ZERO_ALLOWED = {"seed", "workers", "weight_decay", "warmup_epochs", "ema_momentum", "queue_size",
                 "queue_start", "freeze_epochs", "small_crops", "dense_weight", "redundancy_weight"}
-SHARES = {"ema_momentum", "dense_weight", "crop_min", "crop_split"}
+LIMITS = {"ema_momentum": 1, "dense_weight": 1, "crop_min": 1, "crop_split": 1,  # of others: 1e9
+          "size": 4096, "small_size": 4096, "sinkhorn_iterations": 1000, "workers": 1000}
+IDLE = {  # a flag, and the setting of another with which it would have no effect
+    "patch_size": ("arch", "(?!vit).*"), "small_size": ("small_crops", "0"),
+    "queue_start": ("queue_size", "0"), "root": ("data", "(?!(cifar10|cifar100|stl10)$).*")}
 
 
-def check(args):
-    """Exits with one line for a flag whose number is out of range."""
+def check(args, given=frozenset()):
+    """Exits with one line for a flag whose number is out of range, or, among those given on the
+    command line, one that would have no effect."""
     for name, value in vars(args).items():
-        low, high = 0 if name in ZERO_ALLOWED else 1e-9, 1 if name in SHARES else 1e9
-        if type(value) in (int, float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: out of range")
+        flag, low = "--" + name.replace("_", "-"), 0 if name in ZERO_ALLOWED else 1e-9
+        if type(value) in (int, float) and not low <= value <= LIMITS.get(name, 1e9):
+            fail(f"{flag} {value}: out of range")
+    for name in given & IDLE.keys():
+        other, idle = IDLE[name]
+        if re.fullmatch(idle, str(getattr(args, other))):
+            flag, other_flag = ("--" + key.replace("_", "-") for key in (name, other))
+            fail(f"{flag} has no effect with {other_flag} {getattr(args, other)}")
 
 
 def seeded(*key):
@@ -58,6 +69,24 @@ def seeded(*key):
 def processes():
     """(rank, world size) under torchrun, else (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def orderly():
+    """Around a training: an interrupt and a lack of memory end it with one line."""
+    try:
+        yield
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM
+        if processes()[0] == 0:
+            print("\nstopped; the same command goes on after the last finished epoch", flush=True)
+        raise SystemExit(130) from None
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("out of memory|allocate memory|size calculation overflow", str(error)):
+            raise
+        fail("there is not enough memory: take a smaller --batch-size, --size or network")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------- the images
@@ -227,7 +256,8 @@ def stack(paths):
 
 
 def image_files(folder):
-    return (str(p) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    return (os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
+            for name in names if name.lower().endswith(SUFFIXES))
 
 
 def is_small(path):
@@ -325,12 +355,15 @@ class Augment:
                 "flip": lots[:, 0], "gray": lots[:, 1], "solarize": lots[:, 3],
                 "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=chance) * lots[:, 2]}
 
-    def __call__(self, images, chance, cropped=False):
-        """chance: a generator, see seeded(); cropped: they are crops already, as from Files."""
-        n, _, height, width = images.shape
+    def __call__(self, images, chance, cropped=False, share=(0, 1)):
+        """chance: a generator, see seeded(); cropped: they are crops already, as from Files; share:
+        (rank, world size), where W processes are to make the views that one would make."""
+        (n, _, height, width), (rank, world_size) = images.shape, share
+        mine = slice(rank * n, (rank + 1) * n)  # of what is drawn for the whole batch
         whole = torch.tensor([0.0, 0.0, height, width]).expand(n, 4)
-        boxes = whole if cropped else self.boxes(n, height, width, chance)
-        return self.apply(images, boxes, self.draw(n, chance))
+        boxes = whole if cropped else self.boxes(world_size * n, height, width, chance)[mine]
+        draws = self.draw(world_size * n, chance)
+        return self.apply(images, boxes, {name: value[mine] for name, value in draws.items()})
 
     def apply(self, images, boxes, draws):
         device = images.device
@@ -473,7 +506,8 @@ def adapt(augments, size, strength=1.0):
 
 class Views:
     """What a script loops over: each step gives a list of V tensors (B, 3, S, S) on the device, B
-    being this process's share of the global batch_size. An epoch is a function of (seed, epoch)."""
+    being this process's share of the global batch_size. An epoch is a function of (seed, epoch):
+    W processes together make the views that one makes."""
 
     def __init__(self, images, augments, batch_size, device="cpu", seed=0, workers=0):
         self.images, self.augments, self.batch_size = images, augments, batch_size
@@ -498,7 +532,7 @@ class Views:
         return order[:len(self) * self.batch_size].view(len(self), world_size, -1)[:, rank]
 
     def __iter__(self):
-        rows, chance = self.rows(), seeded("views", self.seed, self.epoch, processes()[0])
+        rows, chance = self.rows(), seeded("views", self.seed, self.epoch, 0)
         cropped = not torch.is_tensor(self.images)
         if cropped:
             key = (self.seed, self.epoch)
@@ -507,8 +541,8 @@ class Views:
             steps = ([self.images[r]] * len(self.augments) for r in rows.to(self.device))
         for batch in steps:
             batch = [x.to(self.device, non_blocking=True) for x in batch]
-            yield [augment(x, chance, cropped).contiguous(memory_format=torch.channels_last)
-                   for augment, x in zip(self.augments, batch)]
+            yield [augment(x, chance, cropped, processes()).contiguous(
+                memory_format=torch.channels_last) for augment, x in zip(self.augments, batch)]
 
 
 # ---------------------------------------------------------------------- the linear evaluation
@@ -748,9 +782,10 @@ def load_checkpoint(path):
         fail(f"{path} is not a readable checkpoint ({reason})")
 
 
-def resume(method, args, world_size):
-    """The checkpoint of an unfinished run in args.out, or None where a new run starts there. A run
-    that is finished or has other arguments ends the program with one line, or is overwritten."""
+def resume(method, args, model, optimizer):
+    """Puts model and optimizer where the unfinished run in args.out was and returns its log; None
+    where a new run starts there. A run that is finished or has other arguments ends the program
+    with one line, or is overwritten."""
     path, finished = Path(args.out, "checkpoint.pt"), Path(args.out, "result.json").exists()
     found = path.exists()
     if dist.is_initialized():
@@ -764,12 +799,17 @@ def resume(method, args, world_size):
     except (KeyError, TypeError, AttributeError):
         fail(f"{path} is not a checkpoint of this program: name another --out")
     new = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
-    new |= {"method": method, "processes": world_size}
+    new |= {"method": method, "processes": processes()[1]}
     free = ("--workers", "--root", "--out", "--compile", "--overwrite")  # no other result
     differ = [f"{name} {old.get(name)} there, {new.get(name)} here"  # None: another version's flag
               for name in new | old if name not in free and old.get(name) != new.get(name)]
     if not differ and not finished:
-        return checkpoint
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            return checkpoint["log"]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            fail(f"{path} is of another version of this program: name another --out")
     if not args.overwrite:
         what = f"another run ({'; '.join(differ)})" if differ else "this run, finished"
         fail(f"{args.out} holds {what}: name another --out, or --overwrite it")
@@ -880,7 +920,10 @@ def load_backbone(path):
         name, augment = f"{name}, {LAYOUTS[prefix]}", Augment()
     dropped = sorted({key.split(".")[0] for key in body.keys() - backbone.state_dict().keys()}
                      | {key.split(".")[0] for key in state if not key.startswith(prefix)})
-    backbone.load_state_dict({key: body[key] for key in backbone.state_dict()})
+    try:
+        backbone.load_state_dict({key: body[key] for key in backbone.state_dict()})
+    except (KeyError, RuntimeError):
+        fail(f"{path} is of another version of this program")
     return backbone, augment, f"{name}; left out: {', '.join(dropped) or 'nothing'}"
 
 

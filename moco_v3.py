@@ -37,7 +37,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 
 from common import (AUGMENTS, Views, adapt, check, conclude, fail, health, linear_eval, load,
-                    processes, recipe_for, record, resume, seeded)
+                    orderly, processes, recipe_for, record, resume, seeded)
 
 METHOD = "moco_v3"
 
@@ -291,7 +291,12 @@ def launch():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after --max-restarts it is the same store,
+            # with the addresses of the dead in it (for several machines see the README)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world_size)
     return device
 
 
@@ -311,7 +316,7 @@ def parse_args(argv=None):
         fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
     column = RECIPES["recipe"].index(recipe)
     args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
-    check(args)
+    check(args, given.keys())
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
@@ -324,12 +329,8 @@ def train(args, augments):
     model = build_model(args, len(data.pretrain), device)
     optimizer = build_optimizer(args, model)
     evaluate = partial(linear_eval, model.backbone, data, augments[0], device, workers=args.workers)
-    checkpoint = resume(METHOD, args, world_size)
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        log = checkpoint["log"]
-    else:
+    log = resume(METHOD, args, model, optimizer)
+    if not log:
         log = [{"epoch": 0} | evaluate(classifier=not data.large)]  # random weights
         record(METHOD, args, log, views, model, optimizer)
     if args.compile:
@@ -364,16 +365,9 @@ def train(args, augments):
 
 def main(args):
     """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
-    try:
+    with orderly():
         views = [replace(a, scale=(args.crop_min, 1.0)) for a in AUGMENTS[METHOD]]
         return train(args, adapt(views, args.size))  # BYOL's two views
-    except KeyboardInterrupt:  # Ctrl-C or SIGTERM
-        if processes()[0] == 0:
-            print("\nstopped; the same command goes on after the last finished epoch", flush=True)
-        raise SystemExit(130) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -118,6 +118,21 @@ def test_views_are_a_function_of_seed_and_epoch():
     assert len(views.rows().flatten().unique()) == 48  # each image at most once an epoch
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_two_processes_make_the_views_of_one(large, photos, monkeypatch):
+    images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
+    if large:
+        images = common.load(str(photos)).pretrain
+
+    def epoch(rank, world_size):
+        monkeypatch.setattr(common, "processes", lambda: (rank, world_size))
+        return list(Views(images, common.adapt(AUGMENTS["byol"], 32), 16, seed=3))
+
+    for one, first, second in zip(epoch(0, 1), epoch(0, 2), epoch(1, 2), strict=True):
+        for whole, *halves in zip(one, first, second, strict=True):
+            assert len(halves[0]) == 8 and torch.allclose(whole, torch.cat(halves), atol=1e-6)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_give_the_same_views_with_any_number_of_workers(photos, workers):
     data = common.load(str(photos))

@@ -93,10 +93,53 @@ def test_every_number_has_its_range(script, capsys):
             except SystemExit as end:
                 lines = capsys.readouterr().err.splitlines()
                 assert end.code == 2 and len(lines) == 1 and flag in lines[0], (flag, value, lines)
-                assert value != "0" or field.name not in common.ZERO_ALLOWED
+                allowed = value == "0" and field.name in common.ZERO_ALLOWED
+                assert not allowed or "no effect" in lines[0]
             else:
                 assert value == "0" and field.name in common.ZERO_ALLOWED, (flag, value)
                 assert getattr(args, field.name) == 0
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("moco_v3", ["--patch-size", "8", "--arch", "resnet18"]),
+        ("swav", ["--small-size", "16", "--small-crops", "0"]),
+        ("swav", ["--queue-start", "3", "--queue-size", "0"]),
+        ("simclr", ["--root", "elsewhere", "--data", "patterns"]),
+    ],
+)
+def test_no_flag_is_silently_ignored(name, flags, capsys):
+    script = importlib.import_module(name)
+    line = error_line(capsys, script.parse_args, flags)
+    assert f"{flags[0]} has no effect with {flags[2]} {flags[3]}" in line
+    script.parse_args(flags[2:])  # a recipe's number for the idle flag is no mistake
+
+
+@pytest.mark.slow
+def test_huge_numbers(script, folder, tmp_path, capsys):
+    """Whatever is in range runs, or ends with one line: too little memory, a loss not finite."""
+    for field in fields(script.Args):
+        if field.type not in (int, float) or field.name in ("epochs", "seed"):
+            continue
+        out = tmp_path / field.name
+        flags = {"data": folder, "out": out, "epochs": 1} | {field.name: 900_000_000}
+        try:
+            script.main(small_args(script, **flags))
+        except SystemExit as end:
+            lines = [x for x in capsys.readouterr().err.splitlines() if x]
+            assert end.code == 2 and len(lines) == 1, (field.name, lines)
+            assert lines[0].startswith("error: "), lines
+
+
+@pytest.mark.parametrize(
+    "name, flag",
+    [("simclr", "projection_dim"), ("byol", "hidden_dim"), ("swav", "prototypes")],
+)
+def test_too_little_memory(name, flag, folder, tmp_path, capsys):
+    script = importlib.import_module(name)
+    args = small_args(script, data=folder, out=tmp_path, **{flag: 900_000_000})
+    assert "not enough memory" in error_line(capsys, script.main, args)
 
 
 def test_a_batch_that_the_processes_cannot_share(monkeypatch, capsys):
@@ -113,6 +156,8 @@ def test_folders(folder, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     assert "0 image(s)" in load()
     Image.new("RGB", (32, 32)).save(tmp_path / "x" / "one.png")
+    assert "1 image(s)" in load()
+    (tmp_path / "x" / "folder.png").mkdir()  # no image, in spite of its name
     assert "1 image(s)" in load()
     (tmp_path / "x" / "two.png").write_bytes(b"no image")
     assert "two.png" in load()
@@ -139,6 +184,42 @@ def test_truncated_jpeg_is_named(folder, photos, tmp_path, capsys):
         )
         line = error_line(capsys, simclr.main, args)
         assert "07.jpg" in line and "truncated" in line
+
+
+@pytest.mark.parametrize("place", ["train/dots/first.png", "train/waves/x.png", "val/dots/x.png"])
+@pytest.mark.parametrize("kind", ["empty", "text", "cut", "folder", "nowhere"])
+def test_a_broken_file_is_named_wherever_it_is(place, kind, folder, tmp_path, capsys):
+    """Small images are read at the start; a broken one stops the run before anything is written."""
+    shutil.copytree(folder, tmp_path / "data")
+    path = tmp_path / "data" / place
+    whole = next((folder / "train" / "dots").iterdir()).read_bytes()
+    if kind == "nowhere":
+        path.symlink_to("nothing.png")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        content = {"empty": b"", "text": b"no image", "cut": whole[: len(whole) // 2]}
+        path.write_bytes(content[kind])
+    args = small_args(simclr, data=tmp_path / "data", out=tmp_path / "run", epochs=1)
+    if kind == "folder":  # which holds no images, and is no image itself
+        simclr.main(args)
+        return
+    line = error_line(capsys, simclr.main, args)
+    assert "cannot read the image" in line and path.name in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_large_test_image_is_named(workers, photos, tmp_path, capsys):
+    """Large images are read when they are needed: the test set before the first epoch."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            shutil.copytree(photos, tmp_path / "data" / part / name)
+    (tmp_path / "data" / "val" / "b" / "03.jpg").write_bytes(b"no image")
+    args = small_args(simclr, data=tmp_path / "data", out=tmp_path / "run", size=64, batch_size=8,
+                      workers=workers)
+    line = error_line(capsys, simclr.main, args)
+    assert "cannot read the image" in line and "03.jpg" in line
 
 
 def test_kinds_of_images(tmp_path):
@@ -227,11 +308,16 @@ def test_a_checkpoint_of_another_method_arch_or_version(folder, tmp_path, capsys
     assert "processes 2 there, 1 here" in resumed(world_size=2)
     assert "--new-flag 3 there, None here" in resumed(new_flag=3)
     assert "not a checkpoint of this program" in resumed(args=None)
+    assert "another version of this program" in resumed()  # the same flags, but no such weights
     model = {"encoder.backbone.conv1.weight": torch.zeros(1)}
     for method, flags in (("os", {}), ("../simclr", {}), ("simclr", {"new": 1}), (3, {})):
         torch.save({"method": method, "args": flags, "model": model}, tmp_path / "x.pt")
         line = error_line(capsys, common.load_backbone, tmp_path / "x.pt")
         assert "another version of this program" in line
+    flags = vars(args) | {"arch": "thin"}
+    torch.save({"method": "simclr", "args": flags, "model": model, "epoch": 1}, tmp_path / "x.pt")
+    line = error_line(capsys, common.load_backbone, tmp_path / "x.pt")
+    assert "another version of this program" in line
 
 
 def test_a_folder_that_vanishes_during_training(photos, tmp_path, monkeypatch, capsys):

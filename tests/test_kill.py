@@ -32,7 +32,7 @@ def test_killed_runs_end_where_uninterrupted_ones_do(folder):
     assert int(ran.stdout.split()[-2]) >= 20, ran.stdout
 
 
-@pytest.mark.exhaustive  # after a restart gloo at times does not connect, and waits for long
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_killed_worker(folder, tmp_path):
     ends = []
     for kill in (False, True):

@@ -4,6 +4,9 @@ import contextlib
 import importlib
 import io
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,7 +98,7 @@ def test_two_processes(folder, tmp_path):
         f"import importlib, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
         "import torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
-        "dist.init_process_group = dist.destroy_process_group = lambda *names: None\n"
+        "dist.init_process_group = dist.destroy_process_group = lambda *names, **more: None\n"
         f"for name, words in {commands!r}.items():\n"
         "    script = importlib.import_module(name)\n"
         "    script.main(script.parse_args(words))\n"
@@ -106,6 +109,11 @@ def test_two_processes(folder, tmp_path):
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["world_size"] == 2 and result["linear_top1"] is not None
     assert ran.stdout.count("epoch 2/2") == len(SCRIPTS)  # one process speaks
+    for name in ("moco_v1", "moco_v2", "densecl"):  # the others normalise per process on a CPU
+        script = importlib.import_module(name)
+        script.main(small_args(script, data=folder, out=tmp_path / "one" / name))
+        for one, two in zip(log_of(tmp_path / "one" / name), log_of(tmp_path / name)):
+            assert one["epoch"] == 0 or one["loss"] == pytest.approx(two["loss"], rel=1e-3)
 
 
 @pytest.mark.slow
@@ -148,6 +156,21 @@ def test_resumed_equals_uninterrupted(script, folder, whole, tmp_path, monkeypat
         torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole[0], tmp_path)
     )
     assert same(whole["model"], killed["model"]) and same(whole["optimizer"], killed["optimizer"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(number, folder, tmp_path):
+    script = importlib.import_module("moco_v2")
+    flags = words(script, recipe="patterns", data=folder, out=tmp_path, epochs=200)
+    with subprocess.Popen(
+        [sys.executable, "moco_v2.py", *flags], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True) as process:
+        seen = next(line for line in process.stdout if line.startswith("epoch 2/"))
+        process.send_signal(number)
+        said, wrong = process.communicate(timeout=60)
+    assert process.returncode == 130 and not wrong, wrong
+    assert "stopped; the same command goes on after the last finished epoch" in said, seen
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["epoch"] >= 2
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
