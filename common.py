@@ -852,7 +852,8 @@ def conclude(method, args, data, log, views, model, device):
               "random_knn_top1": first.get("knn_top1"), "seconds": round(seconds, 1),
               "images_per_second": round(args.epochs * len(views) * args.batch_size / seconds, 1),
               "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
-              "torch": torch.__version__, "seed": args.seed}
+              "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
+              else None, "torch": torch.__version__, "seed": args.seed}
     title = f"{method} on {data.name}, {args.arch}, {args.epochs} epochs"
     report(out / "report.png", title, log, model.chance_loss, views, model.backbone, data, device)
     if rank == 0:

@@ -295,7 +295,8 @@ def train(args, augments):
                 print(f"\repoch {epoch}, {step + 1}/{len(views)}, loss {loss.item():.3f}", end="")
         if world_size > 1:
             dist.all_reduce(total)
-        seconds, loss = time.time() - start, total.item() / len(views) / world_size
+        loss = total.item() / len(views) / world_size  # waits for the device, so before the time
+        seconds = time.time() - start
         if not math.isfinite(loss):
             fail(f"the loss of epoch {epoch} is not finite; {args.out} keeps the epoch before it")
         log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})

@@ -86,13 +86,57 @@ def matches(name):
     return "\n".join(lines)
 
 
+def cifar10(name):
+    """The lines of results/<name>.jsonl, of results/cifar10.py, a line for each setting."""
+    path, groups = ROOT / "results" / f"{name}.jsonl", {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        run = json.loads(line)
+        key = [run[key] for key in ("method", "data", "arch", "epochs", "batch_size", "device")]
+        groups.setdefault((*key, run["torch"]), []).append(run)
+    lines = [
+        "| method | images | backbone | epochs | batch | seeds | kNN k=200 (%) | kNN k=10 (%) "
+        "| linear top-1 (%) | training (min) | images/s | TFLOP/s (of bf16) | memory (GiB) "
+        "| device |",
+        "|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
+    ]
+    for (method, data, arch, epochs, batch, device, torch), group in groups.items():
+        share, memory = group[0]["share"], group[0]["memory_gib"]
+        columns = [
+            f"[{method}]({method}.py)", data, arch, str(epochs), str(batch), str(len(group)),
+            spread(group, "knn200_top1"), spread(group, "knn10_top1"),
+            spread(group, "linear_top1"), spread(group, "minutes"),
+            spread(group, "images_per_second"),
+            spread(group, "tflops") + (f" ({share:.0%})" if share else ""),
+            spread(group, "memory_gib") if memory else "", f"{device}, torch {torch}"]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines) if groups else "No run yet: no GPU was at hand."
+
+
+def steps(name):
+    """The rows of results/<name>.json, of results/steps.py: milliseconds of each part."""
+    runs = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    parts = list(runs[0]["milliseconds"])
+    lines = [f"| method | {' | '.join(parts)} | images/s | TFLOP/s |",
+             "|-|" + "-|" * (len(parts) + 2)]
+    for run in runs:
+        shown = [f"{value:.0f}" for value in run["milliseconds"].values()]
+        shown += [f"{run['images_per_second']:.0f}", f"{run['tflops']:.2f}"]
+        lines.append(f"| [{run['method']}]({run['method']}.py) | {' | '.join(shown)} |")
+    first = runs[0]
+    return "\n".join([*lines, "", f"Milliseconds; {first['arch']}, {first['batch_size']} images of "
+                      f"32 pixels a step; device: {first['device']}, torch {first['torch']}."])
+
+
+KINDS = {"cifar10": cifar10, "steps": steps, "densecl_matches": matches}
+
+
 def readme():
     """README.md with what stands between `<!-- table NAME -->` and `<!-- end -->` made anew."""
     return re.sub(
         r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
         lambda found: "{}{}\n{}".format(
             found.group(1),
-            (matches if "matches" in found.group(2) else table)(found.group(2)),
+            KINDS.get(found.group(2), table)(found.group(2)),
             found.group(3),
         ),
         (ROOT / "README.md").read_text(),
