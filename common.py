@@ -40,7 +40,8 @@ def fail(message):
 ZERO_ALLOWED = {"seed", "workers", "weight_decay", "warmup_epochs", "ema_momentum", "queue_size",
                 "queue_start", "freeze_epochs", "small_crops", "dense_weight", "redundancy_weight"}
 LIMITS = {"ema_momentum": 1, "dense_weight": 1, "crop_min": 1, "crop_split": 1,  # of others: 1e9
-          "size": 4096, "small_size": 4096, "sinkhorn_iterations": 1000, "workers": 1000}
+          "size": 4096, "small_size": 4096, "small_crops": 100, "sinkhorn_iterations": 1000,
+          "workers": 1000}
 IDLE = {  # a flag, and the setting of another with which it would have no effect
     "patch_size": ("arch", "(?!vit).*"), "small_size": ("small_crops", "0"),
     "queue_start": ("queue_size", "0"), "root": ("data", "(?!(cifar10|cifar100|stl10)$).*")}
@@ -570,6 +571,8 @@ def features(backbone, images, augment, device, workers=0):
         shares = [torch.empty_like(h) for _ in range(world_size)]
         dist.all_gather(shares, h)
         h = torch.cat(shares)[:len(images)]
+    if not h.abs().max() < 1e15:  # or nan
+        fail("the features are not finite, or too large to fit a classifier; try a lower --lr")
     return h
 
 

@@ -123,7 +123,7 @@ def test_huge_numbers(script, folder, tmp_path, capsys):
         if field.type not in (int, float) or field.name in ("epochs", "seed"):
             continue
         out = tmp_path / field.name
-        flags = {"data": folder, "out": out, "epochs": 1} | {field.name: 900_000_000}
+        flags = {"data": folder / "train", "out": out, "epochs": 1} | {field.name: 900_000_000}
         try:
             script.main(small_args(script, **flags))
         except SystemExit as end:
