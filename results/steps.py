@@ -6,7 +6,8 @@
 The step is that of the cifar10 recipe (ResNet-18, 32 pixels), on the device at hand; a CPU gets a
 smaller batch, or it would take minutes. Flags it does not know go to the scripts. The device is
 waited for before and after each part, so that the parts add up; on a GPU a training, which does
-not wait, is a little faster."""
+not wait, is a little faster. The methods take turns, a step each, so that a disturbance meets all
+of them; what counts is the median."""
 
 import argparse
 import importlib
@@ -60,8 +61,8 @@ class Clock:
         return time.perf_counter()
 
 
-def profile(method, images, batch_size, steps, device, flags=()):
-    """The line of one method: the median milliseconds of a step, after two to warm up."""
+def profile(method, images, batch_size, device, flags=()):
+    """Yields a line for each step of one method: the milliseconds of its parts."""
     script = importlib.import_module(method)
     args = script.parse_args(["--recipe", "cifar10", "--batch-size", str(batch_size), *flags])
     found, clock = [], Clock(device)
@@ -80,9 +81,10 @@ def profile(method, images, batch_size, steps, device, flags=()):
         torch.manual_seed(0)
         views = common.Views(images, found, batch_size, device)
         model = script.build_model(args, len(images), device)
-        optimizer, rows = script.build_optimizer(args, model), []
-        batches = iter(views)
-        for _ in range(steps + 2):
+        optimizer, batches = script.build_optimizer(args, model), iter(views)
+        tera = tera_operations(script, args)
+        name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+        while True:
             clock.spent.clear()
             batch = clock("views", next)(batches)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -90,19 +92,24 @@ def profile(method, images, batch_size, steps, device, flags=()):
             optimizer.zero_grad()
             clock("backward", loss.backward)()
             clock("optimizer", script.update)(args, model, optimizer, args.epochs / 2)
-            rows.append({part: 1000 * clock.spent[part] for part in PARTS})
+            yield {"method": method, "arch": args.arch, "batch_size": batch_size, "tera": tera,
+                   "milliseconds": {part: 1000 * clock.spent[part] for part in PARTS},
+                   "device": name, "torch": torch.__version__}
     finally:
         script.train = train
         for name, function in plain.items():
             setattr(script, name, function)
-    line = {part: statistics.median(row[part] for row in rows[2:]) for part in PARTS}
-    whole = sum(line.values()) / 1000
-    tflops = tera_operations(script, args) * batch_size / whole
-    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
-    peak = bf16_peak(name)
-    return {"method": method, "arch": args.arch, "batch_size": batch_size, "milliseconds": line,
-            "images_per_second": batch_size / whole, "tflops": tflops,
-            "share": tflops / peak if peak else None, "device": name, "torch": torch.__version__}
+
+
+def summary(rows):
+    """The median line of a method's steps, without the first two, which warm up."""
+    line = dict(rows[0])
+    line["milliseconds"] = {
+        part: statistics.median(row["milliseconds"][part] for row in rows[2:]) for part in PARTS}
+    line["images_per_second"] = 1000 * line["batch_size"] / sum(line["milliseconds"].values())
+    line["tflops"] = line.pop("tera") * line["images_per_second"]
+    peak = bf16_peak(line["device"])
+    return line | {"share": line["tflops"] / peak if peak else None}
 
 
 def draw(lines, path):
@@ -129,18 +136,25 @@ def main(argv=None):
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder")
     args, flags = parser.parse_known_args(argv)
-    device, lines = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     images = torch.randint(0, 256, ((args.steps + 2) * args.batch_size, 3, 32, 32), device=device,
                            dtype=torch.uint8)
     if len(images) < 4096:  # a queue is never longer than the data
         images = images.repeat(4096 // len(images) + 1, 1, 1, 1)
-    for method in args.methods or METHODS:
+    methods = args.methods or METHODS
+    for method in methods:
         if method not in METHODS:
             common.fail(f"{method}: not one of {', '.join(METHODS)}")
-        lines.append(profile(method, images, args.batch_size, args.steps, device, flags))
-        print(method, {part: round(ms, 1) for part, ms in lines[-1]["milliseconds"].items()})
+    turns = [profile(method, images, args.batch_size, device, flags) for method in methods]
+    rounds = [[next(turn) for turn in turns] for _ in range(args.steps + 2)]
+    for turn in turns:
+        turn.close()
+    lines = [summary(rows) for rows in zip(*rounds)]
+    for line in lines:
+        shown = {part: round(ms, 1) for part, ms in line["milliseconds"].items()}
+        print(f"{line['method']}: {shown}, {line['images_per_second']:.0f} images/s")
     common.save(args.out / "steps.json", json.dumps(lines, indent=1) + "\n")
     draw(lines, args.out / "steps.png")
 
