@@ -29,7 +29,7 @@ def test_a_line_for_each_run(folder, tmp_path, capsys, monkeypatch):
     assert "has its line already" in capsys.readouterr().out
     (first,) = map(json.loads, lines.read_text().splitlines())
     assert first["seed"] == 3 and first["settings"]["arch"] == "thin"
-    result = json.loads(next((tmp_path / "runs").glob("simclr-0*/result.json")).read_text())
+    result = json.loads(next((tmp_path / "runs").glob("simclr-3*/result.json")).read_text())
     assert first["knn200_top1"] == result["knn_top1"] and 0 <= first["knn10_top1"] <= 100
     assert first["linear_top1"] == result["linear_top1"] and first["device"] == "cpu"
     assert first["minutes"] * 60 == pytest.approx(result["seconds"])
