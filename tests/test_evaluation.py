@@ -372,6 +372,7 @@ def test_our_backbones_load_in_torchvision(script, arch):
     assert set(missing) == {"fc.weight", "fc.bias"} and not unexpected
 
 
+@pytest.mark.slow
 def test_backbone_file_loads_in_torchvision(folder, tmp_path):
     simclr.main(small_args(simclr, data=folder, out=tmp_path, epochs=1, arch="resnet18", size=72))
     model = torchvision.models.resnet18()
