@@ -67,8 +67,14 @@ class Run:
         return "warning: " in self.said
 
 
-def only_knn(*settings, classifier, **more):
-    return common.linear_eval(*settings, classifier=False, **more)
+def settings(script, **flags):
+    """The script's Args of its patterns recipe, with these flags."""
+    return script.parse_args([word for name, value in flags.items()
+                              for word in ("--" + name.replace("_", "-"), str(value))])
+
+
+def only_knn(*arguments, classifier, **more):
+    return common.linear_eval(*arguments, classifier=False, **more)
 
 
 def train(script, replaced=None, probe=False, **flags):
@@ -77,12 +83,10 @@ def train(script, replaced=None, probe=False, **flags):
     `probe` there is no linear evaluation and no report, which saves their seconds."""
     replaced = dict(replaced or {})
     if not probe:
-        replaced |= {"linear_eval": only_knn, "conclude": lambda *settings: None}
-    words = [word for name, value in flags.items()
-             for word in ("--" + name.replace("_", "-"), str(value))]
+        replaced |= {"linear_eval": only_knn, "conclude": lambda *arguments: None}
     start, said = time.time(), io.StringIO()
     with tempfile.TemporaryDirectory() as out, mock.patch.dict(vars(script), replaced):
-        args = script.parse_args(["--out", out, "--eval-every", "1", *words])
+        args = settings(script, out=out, eval_every=1, **flags)
         with contextlib.redirect_stdout(said):
             script.main(args)
         checkpoint = common.load_checkpoint(Path(out, "checkpoint.pt"))
@@ -94,9 +98,7 @@ def train(script, replaced=None, probe=False, **flags):
 
 def untrained(script, **flags):
     """The same network as it was before the first step of a run with these flags."""
-    words = [word for name, value in flags.items()
-             for word in ("--" + name.replace("_", "-"), str(value))]
-    args = script.parse_args(words)
+    args = settings(script, **flags)
     torch.manual_seed(args.seed)
     return script.build_model(args, len(DATA.pretrain), torch.device("cpu"))
 
