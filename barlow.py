@@ -219,15 +219,21 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                update, scale = p.grad, 1.0
-                if p.ndim > 1:
-                    update = update + group["weight_decay"] * p
-                    ratio = 0.001 * p.norm() / update.norm()
-                    scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                buffer.mul_(group["momentum"]).add_(scale * update)
-                p.sub_(group["lr"] * buffer)
+            params = [p for p in group["params"] if p.grad is not None]
+            decay = [group["weight_decay"] * (p.ndim > 1) for p in params]
+            updates = torch._foreach_mul(params, decay)  # _foreach: of all parameters in one call
+            torch._foreach_add_(updates, [p.grad for p in params])
+            norms, update_norms = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
+            ratios = 0.001 * norms / update_norms
+            ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)
+            scales, plain = ratios.unbind(), torch.ones_like(ratios[0])
+            scales = [scale if p.ndim > 1 else plain for p, scale in zip(params, scales)]
+            torch._foreach_mul_(updates, scales)
+            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                       for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_sub_(params, torch._foreach_mul(buffers, group["lr"]))
 
 
 def launch():

@@ -19,6 +19,7 @@ import sys
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -356,34 +357,40 @@ class Augment:
                 "flip": lots[:, 0], "gray": lots[:, 1], "solarize": lots[:, 3],
                 "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=chance) * lots[:, 2]}
 
-    def __call__(self, images, chance, cropped=False, share=(0, 1)):
+    def __call__(self, images, chance, cropped=False, share=(0, 1), views=1):
         """chance: a generator, see seeded(); cropped: they are crops already, as from Files; share:
-        (rank, world size), where W processes are to make the views that one would make."""
+        (rank, world size), where W processes are to make the views that one would make; views: V,
+        with images the same batch V times, for V views of it in one call."""
         (n, _, height, width), (rank, world_size) = images.shape, share
+        n //= views
         mine = slice(rank * n, (rank + 1) * n)  # of what is drawn for the whole batch
         whole = torch.tensor([0.0, 0.0, height, width]).expand(n, 4)
-        boxes = whole if cropped else self.boxes(world_size * n, height, width, chance)[mine]
-        draws = self.draw(world_size * n, chance)
-        return self.apply(images, boxes, {name: value[mine] for name, value in draws.items()})
+        boxes, draws = [], []
+        for _ in range(views):
+            boxes.append(whole if cropped else
+                         self.boxes(world_size * n, height, width, chance)[mine])
+            draws.append(self.draw(world_size * n, chance))
+        return self.apply(images, torch.cat(boxes), {
+            name: torch.cat([draw[name][mine] for draw in draws]) for name in draws[0]})
 
     def apply(self, images, boxes, draws):
         device = images.device
-        x, flip = images.float().div_(255), draws["flip"].to(device)
+        x, flip = images.float().div_(255), send(draws["flip"], device)
         if bool((boxes == boxes.new_tensor([0, 0, self.size, self.size])).all()):
             x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
         else:
-            x = crop(x, boxes.to(device), flip, self.size, self.bicubic)
+            x = crop(x, send(boxes, device), flip, self.size, self.bicubic)
         if self.jitter_p:
             x = jitter(x, draws["factors"], draws["order"], draws["hue"], draws["hue_slot"])
         for name, change in (("gray", grayscale), ("sigma", gaussian_blur), ("solarize", solarize)):
             rows = draws[name].nonzero()[:, 0]
             if len(rows):
-                there = rows.to(device)
-                x[there] = change(x[there], draws[name][rows].to(device))
+                there = send(rows, device)
+                x[there] = change(x[there], send(draws[name][rows], device))
         return self.normalize(x)
 
     def normalize(self, x):
-        mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (self.mean, self.std))
+        mean, std = (send(torch.tensor(v).view(3, 1, 1), x.device) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
 
     def plain(self, images):
@@ -392,6 +399,11 @@ class Augment:
         if x.shape[-1] != self.size:
             x = F.interpolate(x, [self.size] * 2, mode="bilinear", antialias=True)
         return self.normalize(x)
+
+
+def send(x, device):
+    """x on the device; the CPU does not wait for a GPU that still computes the step before."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 def resampling(start, length, flip, pixels, size, bicubic):
@@ -426,14 +438,15 @@ def jitter(x, factors, order, hue, hue_slot):
     saturation are one blend, factor * x + (1 - factor) * base; only the base differs."""
     for slot in range(4):
         rows = ((hue_slot == slot) & (hue != 0)).nonzero()[:, 0]
-        there = rows.to(x.device)
-        x[there] = shift_hue(x[there], hue[rows].to(x.device).view(-1, 1, 1))
+        there = send(rows, x.device)
+        x[there] = shift_hue(x[there], send(hue[rows], x.device).view(-1, 1, 1))
         if slot < 3:
             turn, gray = order[:, slot], luminance(x)
-            is_contrast, is_saturation = ((turn == k).to(x).view(-1, 1, 1, 1) for k in (1, 2))
+            is_contrast, is_saturation = (
+                send((turn == k).float(), x.device).view(-1, 1, 1, 1) for k in (1, 2))
             mean = gray.mean((2, 3), keepdim=True) * is_contrast
             base = gray.mul_(is_saturation).add_(mean)  # brightness: 0
-            factor = factors.gather(1, turn.unsqueeze(1)).to(x.device).view(-1, 1, 1, 1)
+            factor = send(factors.gather(1, turn.unsqueeze(1)), x.device).view(-1, 1, 1, 1)
             torch.lerp(base, x, factor, out=x).clamp_(0, 1)
     return x
 
@@ -540,10 +553,14 @@ class Views:
             steps = decoded(self.images, rows.tolist(), self.augments, self.workers, key)
         else:
             steps = ([self.images[r]] * len(self.augments) for r in rows.to(self.device))
+        groups = [(augment, len(list(same))) for augment, same in groupby(self.augments)]
         for batch in steps:
-            batch = [x.to(self.device, non_blocking=True) for x in batch]
-            yield [augment(x, chance, cropped, processes()).contiguous(
-                memory_format=torch.channels_last) for augment, x in zip(self.augments, batch)]
+            views, batch = [], [x.to(self.device, non_blocking=True) for x in batch]
+            for augment, count in groups:  # equal ones in one call
+                same, batch = torch.cat(batch[:count]), batch[count:]
+                views += augment(same, chance, cropped, processes(), count).contiguous(
+                    memory_format=torch.channels_last).chunk(count)
+            yield views
 
 
 # ---------------------------------------------------------------------- the linear evaluation

@@ -159,8 +159,7 @@ def build_backbone(args, norm_layer=nn.BatchNorm2d):
 def ema_update(source, target, momentum):
     """target <- momentum * target + (1 - momentum) * source (MoCo, equation 2; BYOL, equation 1),
     parameters only; the running statistics of the target are its own."""
-    for p, p_target in zip(source.parameters(), target.parameters(), strict=True):
-        p_target.lerp_(p, 1 - momentum)
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), 1 - momentum)
 
 
 @torch.no_grad()

@@ -147,12 +147,14 @@ class SwAV(nn.Module):
     @torch.no_grad()
     def assign(self, scores, i):
         """scores (B, P) of large crop i -> its codes (B, P), in which the queue has a say."""
-        pool = scores
-        if len(self.queue) and self.queue[-1].any():  # only once it is full
+        codes = sinkhorn(scores, self.epsilon, self.iterations)
+        if len(self.queue):
             rank, world_size = processes()
             queue = self.queue.chunk(world_size)[rank]  # (K / W, 2, C)
             pool = torch.cat([scores, self.prototypes(queue[:, i])])
-        return sinkhorn(pool, self.epsilon, self.iterations)[:len(scores)]
+            pooled = sinkhorn(pool, self.epsilon, self.iterations)[:len(scores)]
+            codes = torch.where(self.queue[-1].any(), pooled, codes)  # only once it is full
+        return codes
 
 
 def swapped_prediction(scores, codes, temperature):
