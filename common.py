@@ -74,13 +74,13 @@ def processes():
 
 
 @contextlib.contextmanager
-def orderly():
-    """Around a training: an interrupt and a lack of memory end it with one line."""
+def orderly(interrupted="stopped; the same command goes on after the last finished epoch"):
+    """Around a program: an interrupt and a lack of memory end it with one line."""
     try:
         yield
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM
         if processes()[0] == 0:
-            print("\nstopped; the same command goes on after the last finished epoch", flush=True)
+            print(f"\n{interrupted}", flush=True)
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
         if not re.search("out of memory|allocate memory|size calculation overflow", str(error)):
@@ -330,6 +330,11 @@ class Augment:
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
 
+    @property
+    def kind(self):
+        """Two of one kind differ only in what they draw, and can be applied in one call."""
+        return self.size, self.bicubic, self.jitter_p > 0, self.mean, self.std
+
     def boxes(self, n, height, width, chance):
         """n crops in whole pixels (n, 4): top, left, height, width. Area U(scale), aspect ratio
         log-uniform in 3/4 to 4/3: the first of ten draws that fits, else a large centre crop."""
@@ -357,21 +362,20 @@ class Augment:
                 "flip": lots[:, 0], "gray": lots[:, 1], "solarize": lots[:, 3],
                 "sigma": torch.empty(n).uniform_(0.1, 2.0, generator=chance) * lots[:, 2]}
 
-    def __call__(self, images, chance, cropped=False, share=(0, 1), views=1):
-        """chance: a generator, see seeded(); cropped: they are crops already, as from Files; share:
-        (rank, world size), where W processes are to make the views that one would make; views: V,
-        with images the same batch V times, for V views of it in one call."""
-        (n, _, height, width), (rank, world_size) = images.shape, share
-        n //= views
+    def parameters(self, n, height, width, chance, cropped=False, share=(0, 1)):
+        """(boxes, draws) of n views. chance: a generator, see seeded(); cropped: they are crops
+        already, as from Files; share: (rank, world size), where W processes are to make the views
+        that one would make."""
+        rank, world_size = share
         mine = slice(rank * n, (rank + 1) * n)  # of what is drawn for the whole batch
         whole = torch.tensor([0.0, 0.0, height, width]).expand(n, 4)
-        boxes, draws = [], []
-        for _ in range(views):
-            boxes.append(whole if cropped else
-                         self.boxes(world_size * n, height, width, chance)[mine])
-            draws.append(self.draw(world_size * n, chance))
-        return self.apply(images, torch.cat(boxes), {
-            name: torch.cat([draw[name][mine] for draw in draws]) for name in draws[0]})
+        boxes = whole if cropped else self.boxes(world_size * n, height, width, chance)[mine]
+        draws = self.draw(world_size * n, chance)
+        return boxes, {name: value[mine] for name, value in draws.items()}
+
+    def __call__(self, images, chance):
+        n, _, height, width = images.shape
+        return self.apply(images, *self.parameters(n, height, width, chance))
 
     def apply(self, images, boxes, draws):
         device = images.device
@@ -553,12 +557,15 @@ class Views:
             steps = decoded(self.images, rows.tolist(), self.augments, self.workers, key)
         else:
             steps = ([self.images[r]] * len(self.augments) for r in rows.to(self.device))
-        groups = [(augment, len(list(same))) for augment, same in groupby(self.augments)]
         for batch in steps:
-            views, batch = [], [x.to(self.device, non_blocking=True) for x in batch]
-            for augment, count in groups:  # equal ones in one call
-                same, batch = torch.cat(batch[:count]), batch[count:]
-                views += augment(same, chance, cropped, processes(), count).contiguous(
+            batch, views = (x.to(self.device, non_blocking=True) for x in batch), []
+            for _, same in groupby(zip(self.augments, batch), key=lambda pair: pair[0].kind):
+                augments, images = zip(*same)  # these are made in one call
+                (n, _, height, width), count = images[0].shape, len(images)
+                boxes, draws = zip(*(a.parameters(n, height, width, chance, cropped, processes())
+                                     for a in augments))
+                draws = {name: torch.cat([draw[name] for draw in draws]) for name in draws[0]}
+                views += augments[0].apply(torch.cat(images), torch.cat(boxes), draws).contiguous(
                     memory_format=torch.channels_last).chunk(count)
             yield views
 
@@ -966,16 +973,8 @@ def fitting(body):
     return None, None
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Linear evaluation and kNN of a saved backbone.")
-    parser.error = fail
-    parser.add_argument("checkpoint")
-    parser.add_argument("--data", default="patterns")
-    parser.add_argument("--root", default="data", help="where torchvision keeps its data sets")
-    parser.add_argument("--epochs", type=int, help="of SGD on crops and flips; default 100 beyond "
-                        "100,000 images, else 0: fitted to the features of whole images")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
-    args = parser.parse_args()
+def evaluate(args):
+    """Prints what a checkpoint is and what its backbone reaches."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -991,8 +990,20 @@ def main():
     if processes()[0] == 0:
         print(f"{args.checkpoint}: {name}")
         print(json.dumps({"data": data.name, **result}))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Linear evaluation and kNN of a saved backbone.")
+    parser.error = fail
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", default="patterns")
+    parser.add_argument("--root", default="data", help="where torchvision keeps its data sets")
+    parser.add_argument("--epochs", type=int, help="of SGD on crops and flips; default 100 beyond "
+                        "100,000 images, else 0: fitted to the features of whole images")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    args = parser.parse_args()
+    with orderly("stopped"):
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,24 @@
 whether an exercise is right. Nothing of a method is here."""
 
 import contextlib
+import importlib
 import inspect
 import io
 import json
 import math
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "results"))
+sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import matplotlib.pyplot as plt
 import torch
@@ -77,11 +83,16 @@ def only_knn(*arguments, classifier, **more):
     return common.linear_eval(*arguments, classifier=False, **more)
 
 
-def train(script, replaced=None, probe=False, **flags):
+def train(script, replaced=None, probe=False, of=None, **flags):
     """Runs a script's own main on the patterns with these flags. `replaced`: {name: value} puts
     other things in place of the script's own for this run, which is how parts are removed. Without
-    `probe` there is no linear evaluation and no report, which saves their seconds."""
+    `probe` there is no linear evaluation and no report, which saves their seconds. With `of` these
+    are the first epochs of a run of so many, with its schedules."""
     replaced = dict(replaced or {})
+    for name in {"learning_rate", "ema_momentum"} & vars(script).keys() if of else ():
+        function = replaced.get(name, getattr(script, name))
+        replaced[name] = lambda args, epoch, function=function: function(
+            replace(args, epochs=of), epoch)
     if not probe:
         replaced |= {"linear_eval": only_knn, "conclude": lambda *arguments: None}
     start, said = time.time(), io.StringIO()
@@ -94,6 +105,20 @@ def train(script, replaced=None, probe=False, **flags):
         model = script.build_model(args, len(DATA.pretrain), torch.device("cpu"))
     model.load_state_dict(checkpoint["model"])
     return Run(args, log, model, said.getvalue(), time.time() - start)
+
+
+def first_epochs(name, epochs):
+    torch.set_num_threads(1)
+    script = importlib.import_module(name)
+    return train(script, of=script.parse_args([]).epochs, epochs=epochs)
+
+
+def train_all(names, epochs):
+    """{name: Run} of the first epochs of these scripts' default recipes, in processes of their own:
+    as many at a time as there are cores, each on one."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(os.cpu_count(), len(names)), spawn) as pool:
+        return dict(zip(names, pool.map(first_epochs, names, [epochs] * len(names))))
 
 
 def untrained(script, **flags):

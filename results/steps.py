@@ -112,16 +112,30 @@ def summary(rows):
     return line | {"share": line["tflops"] / peak if peak else None}
 
 
-def draw(lines, path):
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axis, left = figure.subplots(), [0.0] * len(lines)
-    names = [line["method"] for line in lines]
+def measure(methods, images, batch_size, device, steps, flags=()):
+    """A line for each method, with the median milliseconds of the parts of its step."""
+    turns = [profile(method, images, batch_size, device, flags) for method in methods]
+    rounds = [[next(turn) for turn in turns] for _ in range(steps + 2)]
+    for turn in turns:
+        turn.close()
+    return [summary(rows) for rows in zip(*rounds)]
+
+
+def stack_bars(axis, lines):
+    left, names = [0.0] * len(lines), [line["method"] for line in lines]
     for part in PARTS:
         widths = [line["milliseconds"][part] for line in lines]
         axis.barh(names, widths, left=left, label=part)
         left = [a + b for a, b in zip(left, widths)]
     axis.invert_yaxis()
-    axis.set(xlabel="milliseconds a step", title=f"A step of {lines[0]['batch_size']} CIFAR-10 "
+    axis.set(xlabel="milliseconds a step")
+
+
+def draw(lines, path):
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis = figure.subplots()
+    stack_bars(axis, lines)
+    axis.set(title=f"A step of {lines[0]['batch_size']} CIFAR-10 "
              f"images, {lines[0]['arch']}, on {lines[0]['device']}")
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(PARTS), frameon=False)
     figure.savefig(path, dpi=90)
@@ -147,11 +161,7 @@ def main(argv=None):
     for method in methods:
         if method not in METHODS:
             common.fail(f"{method}: not one of {', '.join(METHODS)}")
-    turns = [profile(method, images, args.batch_size, device, flags) for method in methods]
-    rounds = [[next(turn) for turn in turns] for _ in range(args.steps + 2)]
-    for turn in turns:
-        turn.close()
-    lines = [summary(rows) for rows in zip(*rounds)]
+    lines = measure(methods, images, args.batch_size, device, args.steps, flags)
     for line in lines:
         shown = {part: round(ms, 1) for part, ms in line["milliseconds"].items()}
         print(f"{line['method']}: {shown}, {line['images_per_second']:.0f} images/s")

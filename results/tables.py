@@ -1,9 +1,11 @@
-"""Makes what is derived: the tables of README.md from results/*.json, and results/diffs/*.diff.
+"""Makes what is derived: the tables of README.md from results/*.json, results/diffs/*.diff, and
+results/compare.png, the README's picture, which is a cell's output in notebooks/compare.ipynb.
 
 python results/tables.py            # writes them
 python results/tables.py --check    # exit code 1 if one is stale (a test runs this)
 """
 
+import base64
 import difflib
 import json
 import re
@@ -37,6 +39,13 @@ def diffs():
             text = "".join(difflib.unified_diff(old, new, f"{parent}.py", f"{script}.py", n=1))
             made[ROOT / "results" / "diffs" / f"{parent}--{script}.diff"] = text
     return made
+
+
+def picture():
+    """The picture in the output of the notebook's cell that says so, as PNG."""
+    cells = json.loads((ROOT / "notebooks" / "compare.ipynb").read_text())["cells"]
+    cell = next(c for c in cells if "# The README's picture" in "".join(c["source"]))
+    return base64.b64decode("".join(cell["outputs"][0]["data"]["image/png"]))
 
 
 def spread(runs, key):
@@ -145,15 +154,17 @@ def readme():
 
 
 def main():
-    made = diffs() | {ROOT / "README.md": readme()}
-    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+    made = {path: text.encode() for path, text in diffs().items()}
+    made |= {ROOT / "README.md": readme().encode(), ROOT / "results" / "compare.png": picture()}
+    stale = [path for path, data in made.items()
+             if not path.exists() or path.read_bytes() != data]
     stale += [path for path in (ROOT / "results" / "diffs").glob("*.diff") if path not in made]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"stale: {path.relative_to(ROOT)}; run python results/tables.py")
         raise SystemExit(bool(stale))
     for path in stale:
-        path.unlink() if path not in made else path.write_text(made[path])
+        path.unlink() if path not in made else path.write_bytes(made[path])
         print(f"made {path.relative_to(ROOT)}")
 
 

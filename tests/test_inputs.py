@@ -385,3 +385,19 @@ def test_evaluation_program(tmp_path, monkeypatch, capsys):
     ):
         monkeypatch.setattr("sys.argv", ["common.py", *command])
         assert part in error_line(capsys, common.main)
+
+
+@pytest.mark.parametrize("error, code, part", [
+    (KeyboardInterrupt(), 130, "stopped\n"),
+    (RuntimeError("CUDA out of memory"), 2, "not enough memory"),
+])
+def test_evaluation_program_ends_with_a_line(error, code, part, monkeypatch, capsys):
+    def load_backbone(path):
+        raise error
+
+    monkeypatch.setattr(common, "load_backbone", load_backbone)
+    monkeypatch.setattr("sys.argv", ["common.py", "some.pt"])
+    with pytest.raises(SystemExit) as end:
+        common.main()
+    said = capsys.readouterr()
+    assert end.value.code == code and part in said.out + said.err
