@@ -352,12 +352,18 @@ def test_queue_of_swav_fills_from_its_epoch_on_and_is_used_once_full(monkeypatch
     assert not model.queue.any()
     args, _, model, optimizer = after_a_step(swav, 1.0, **settings)
     assert torch.equal(model.queue[:16], model.large) and not model.queue[16:].any()
-    rows, sinkhorn = [], swav.sinkhorn
-    monkeypatch.setattr(swav, "sinkhorn", lambda s, *r: rows.append(len(s)) or sinkhorn(s, *r))
-    for _ in range(2):
+    made, used, sinkhorn, predict = [], [], swav.sinkhorn, swav.swapped_prediction
+    monkeypatch.setattr(swav, "sinkhorn", lambda *given: made.append(sinkhorn(*given)) or made[-1])
+    monkeypatch.setattr(
+        swav, "swapped_prediction", lambda s, codes, t: used.append(codes) or predict(s, codes, t))
+    for full in (False, True):
+        made.clear(), used.clear()
         model(*views_for(args, 16)).backward()
         swav.update(args, model, optimizer, 2.0)
-    assert rows == [16, 16, 48, 48]  # half full: not used; then with the 32 rows of the queue
+        assert [len(codes) for codes in made] == [16, 48] * 2  # without and with the 32 rows
+        right, other = made[full][:16], made[not full][:16]
+        assert any(torch.equal(codes, right) for codes in used)
+        assert not any(torch.equal(codes, other) for codes in used)
 
 
 def test_multi_crop_is_one_pass_a_resolution():
