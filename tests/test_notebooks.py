@@ -10,6 +10,7 @@ import re
 
 import nbformat
 import pytest
+import torch
 from conftest import ROOT, SCRIPTS
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
@@ -54,6 +55,28 @@ def test_every_walkthrough_has_its_parts_and_copies_no_function(name):
                 # a function of the script may be wrapped under its name, which then is passed on
                 assert f"={name}.{part.name}" in cell.source, part.name
                 assert ast.unparse(part) not in inspect.getsource(script)
+
+
+def test_check_says_right_and_wrong(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    walk = importlib.import_module("walkthrough")
+    for right, wrong in ((0.5, 0.6), ("yes", "no"), ((2,), (1,)), (49, 7),
+                         (torch.eye(2), torch.ones(2, 2))):
+        for answer, said in ((None, "no answer yet"), (right, "right"), (wrong, "wrong")):
+            walk.check(1, answer, lambda right=right: right)
+            assert f"exercise 1: {said}" in capsys.readouterr().out
+
+
+def test_training_with_of_has_the_schedule_of_the_longer_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "notebooks")
+    walk, simsiam = (importlib.import_module(name) for name in ("walkthrough", "simsiam"))
+    images, labels = walk.common.patterns(64)
+    small = walk.common.Data("patterns", images, (images, labels), (images, labels), ["x"] * 10)
+    monkeypatch.setattr(simsiam, "load", lambda *arguments: small)
+    monkeypatch.setattr(walk, "DATA", small)
+    rates = [walk.train(simsiam, of=of, epochs=2, batch_size=32).last["lr"] for of in (None, 4)]
+    args = walk.settings(simsiam, epochs=4, batch_size=32)
+    assert rates[1] == simsiam.learning_rate(args, 1.5) != rates[0]
 
 
 @pytest.fixture(scope="module")
