@@ -406,8 +406,11 @@ class Augment:
 
 
 def send(x, device):
-    """x on the device; the CPU does not wait for a GPU that still computes the step before."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    """x on the device; the CPU does not wait for a GPU that still computes the step before. (mps
+    would read what is not pinned when it may be gone, pytorch issue 189690: there it waits.)"""
+    if device.type == "cuda" and x.is_cpu:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 def resampling(start, length, flip, pixels, size, bicubic):
@@ -558,7 +561,7 @@ class Views:
         else:
             steps = ([self.images[r]] * len(self.augments) for r in rows.to(self.device))
         for batch in steps:
-            batch, views = (x.to(self.device, non_blocking=True) for x in batch), []
+            batch, views = (send(x, self.device) for x in batch), []
             for _, same in groupby(zip(self.augments, batch), key=lambda pair: pair[0].kind):
                 augments, images = zip(*same)  # these are made in one call
                 (n, _, height, width), count = images[0].shape, len(images)

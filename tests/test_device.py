@@ -66,6 +66,27 @@ def test_views_with_everything_do_not_wait(size):
     assert copies.sent > 20 and not copies.waits
 
 
+@pytest.mark.parametrize("kind, expected", [
+    ("cuda", ["pinned", ("cuda", True)]), ("cpu", [("cpu", True)]),
+    ("mps", [("mps", False)]),  # where a copy that is not waited for has read freed memory
+])
+def test_how_a_tensor_is_sent(kind, expected):
+    class Noted:
+        def pin_memory(self):
+            self.done.append("pinned")
+            return self
+
+        def to(self, device, non_blocking):
+            self.done.append((device.type, non_blocking))
+            return self
+
+    x = Noted()
+    x.is_cpu, x.done = True, []
+    assert common.send(x, torch.device(kind)) is x and x.done == expected
+    x.is_cpu, x.done = False, []  # there already: cannot be pinned
+    assert common.send(x, torch.device(kind)) is x and "pinned" not in x.done
+
+
 def test_what_waits_is_seen():
     x = torch.zeros(2, device=META)
     with Copies() as copies:
