@@ -865,7 +865,8 @@ def record(method, args, log, views, model, optimizer):
                 f"std {line['std']:.2f}  rank {line['effective_rank']:.0f}  {speed:.0f} images/s  "
                 f"ETA {(args.epochs - line['epoch']) * line['seconds'] / 60:.1f} min")
     knn = f"  kNN {line['knn_top1']:.1f} %" if "knn_top1" in line else ""
-    print(f"\repoch {line['epoch']}/{args.epochs}  {text}{knn}", flush=True)
+    back = "\r" if sys.stdout.isatty() else ""  # over the progress within the epoch
+    print(f"{back}epoch {line['epoch']}/{args.epochs}  {text}{knn}", flush=True)
     if line.get("std", 1.0) < COLLAPSED:
         print(f"warning: std {line['std']:.3f}: all images are getting the same embedding, the "
               "network has collapsed; try a lower learning rate or a smaller batch", flush=True)

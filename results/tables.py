@@ -154,17 +154,21 @@ def readme():
 
 
 def main():
-    made = {path: text.encode() for path, text in diffs().items()}
-    made |= {ROOT / "README.md": readme().encode(), ROOT / "results" / "compare.png": picture()}
-    stale = [path for path, data in made.items()
-             if not path.exists() or path.read_bytes() != data]
+    made = diffs() | {ROOT / "README.md": readme()}
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
+    drawn = ROOT / "results" / "compare.png"
+    if not drawn.exists() or drawn.read_bytes() != picture():
+        stale.append(drawn)
     stale += [path for path in (ROOT / "results" / "diffs").glob("*.diff") if path not in made]
     if "--check" in sys.argv[1:]:
         for path in stale:
             print(f"stale: {path.relative_to(ROOT)}; run python results/tables.py")
         raise SystemExit(bool(stale))
     for path in stale:
-        path.unlink() if path not in made else path.write_bytes(made[path])
+        if path == drawn:
+            path.write_bytes(picture())
+        else:
+            path.unlink() if path not in made else path.write_text(made[path])
         print(f"made {path.relative_to(ROOT)}")
 
 

@@ -152,3 +152,17 @@ def test_patterns_are_reproducible_and_balanced():
     assert torch.equal(images, common.patterns(100)[0])
     assert not torch.equal(images, common.patterns(100, seed=1)[0])
     assert labels.bincount().tolist() == [10] * 10
+
+
+@pytest.mark.parametrize("method", ["byol", "swav"])  # views that differ in chance, and in size
+def test_views_made_in_one_call_are_those_made_one_by_one(method):
+    augments = common.adapt(AUGMENTS[method], 32)
+    if method == "swav":
+        augments = augments[:2] + common.adapt(augments[2:], 16)
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    views = Views(images, augments, batch_size=20)
+    chance = seeded("views", 0, 0, 0)
+    for rows, batch in zip(views.rows(), views):
+        assert len(batch) == len(augments)
+        for augment, view in zip(augments, batch):
+            assert torch.equal(view, augment(images[rows], chance))

@@ -201,4 +201,5 @@ def test_a_collapse_is_said_in_one_line(folder, tmp_path, monkeypatch, capsys):
     script.main(small_args(script, data=folder, out=tmp_path, epochs=1))
     said = capsys.readouterr().out
     assert said.count("warning: std 0.020: ") == 1 and "collapsed" in said
+    assert "\r" not in said  # which only a terminal gets
     assert log_of(tmp_path)[1]["std"] == 0.02
