@@ -1,194 +1,194 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction
-Jure Zbontar, Li Jing, Ishan Misra, Yann LeCun, Stephane Deny. ICML 2021, arXiv 2103.03230
+Jure Zbontar, Li Jing, Ishan Misra, Yann LeCun, Stéphane Deny. ICML 2021, arXiv 2103.03230
 
-Neither negatives nor a second network: over the batch, a dimension of one view's embedding should
-correlate fully with the same dimension of the other view's (invariance) and not at all with the
-other dimensions (no redundancy). A constant output has no correlation, so it cannot win.
+Neither negatives nor a second network: over the batch, each dimension of one view's embedding
+should correlate fully with the same dimension of the other view's (invariance) and not at all with
+the other dimensions (no redundancy). A constant output has no correlation, so it cannot win.
 
-    python barlow.py                                            # a few CPU minutes, no download
+    python barlow.py                                          # a few CPU minutes, no download
     torchrun --nproc_per_node=8 barlow.py --data /data/imagenet
 
-Read it beside simclr.py: the same two views, compared by columns instead of by rows.
+Read it beside simclr.py: the same two embeddings, compared by columns instead of by rows.
 
-The paper's words -> ours: encoder -> backbone; projector -> projector; Z^A, Z^B -> z1, z2;
-cross-correlation C -> c; lambda -> redundancy_weight.
-Letters: B images a process, W processes, D features, C embedding.
+The paper's encoder is backbone; Z^A, Z^B are z1, z2, the cross-correlation matrix is c, lambda is
+redundancy_weight.
+Shapes: B images per process, W processes, D features, C embedding dimensions.
+Measured: 88.7 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds.
+"""
 
-Measured: 88.7 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds."""
-import argparse
-import inspect
 import math
 import os
-import re
-import signal
-import sys
-import time
-from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torch.nn.parallel import DistributedDataParallel
 
-from common import (AUGMENTS, Views, adapt, check, conclude, fail, health, linear_eval, load,
-                    orderly, processes, recipe_for, record, resume, seeded)
+import harness  # command line, checkpoint, log, report: what every run leaves on disk
+from common import Augment, Views, fail, health, linear_eval, load_images, resnet, world_size
 
-METHOD = "barlow"
-
-
-@dataclass
-class Args:
-    data: str = "patterns"  # patterns, cifar10, cifar100, stl10, or a folder of images
-    recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
-    arch: str = ""  # thin (four narrow stages), or a ResNet of torchvision, such as resnet50
-    size: int = 0  # pixels, the side of a view
-    epochs: int = 0  # passes over the images
-    batch_size: int = 0  # images, over all processes
-    optimizer: str = ""  # adamw, sgd or lars
-    lr: float = 0.0  # of the weights, for 256 images; scaled linearly with the batch
-    lr_biases: float = 0.0  # of biases and normalisation, likewise
-    warmup_epochs: float = 0.0  # epochs of linear warm-up
-    weight_decay: float = 0.0  # not on biases and normalisation
-    redundancy_weight: float = 0.0  # lambda of equation 1
-    projection_dim: int = 0  # C, width of the embedding and of the projector's layers
-    eval_every: int = 0  # epochs between two kNN evaluations
-    seed: int = 0
-    workers: int = min(8, os.cpu_count() or 1)  # decoding processes for each training process
-    root: str = "data"  # folder for the data sets of torchvision
-    out: str = ""  # folder for the results; empty: runs/<script>-<data>
-    compile: bool = False  # torch.compile
-    overwrite: bool = False  # start anew over a run that is finished or has other arguments
-
-
-# Paper: lr_biases .0048. Here: a sixteenth, because it was tuned on 16 processes whose all_reduce
+# patterns and cifar10: chosen here. imagenet: the official code's (section 2.2 of the paper has a
+# weight decay of 1.5e-6 and a lambda of 5e-3).
+# Paper: lr_biases 0.0048. Here: 1/16 of it, because it was tuned on 16 processes whose all_reduce
 # had no gradient, which leaves 1/16 of the true one; LARS hides that for weights, not for biases.
-RECIPES = {  # minutes on two cores; one GPU; the paper's own numbers (section 2.2)
-    "recipe":            ("patterns", "cifar10",  "imagenet"),
-    "arch":              ("thin",     "resnet18", "resnet50"),
-    "size":              (32,         32,         224),
-    "epochs":            (25,         200,        1000),
-    "batch_size":        (128,        256,        2048),
-    "optimizer":         ("adamw",    "sgd",      "lars"),
-    "lr":                (0.004,      0.12,       0.2),
-    "lr_biases":         (0.004,      0.12,       0.0003),
-    "warmup_epochs":     (1.0,        10.0,       10.0),
-    "weight_decay":      (1e-4,       5e-4,       1e-6),
-    "redundancy_weight": (0.0051,     0.0051,     0.0051),
-    "projection_dim":    (256,        2048,       8192),
-    "eval_every":        (5,          10,         10),
-}
+SETTINGS = {
+    "recipe":              ("patterns", "cifar10",  "imagenet", "what the columns are for"),
+    "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
+    "size":                (32,         32,         224,        "side of a view, in pixels"),
+    "epochs":              (25,         200,        1000,       "passes over the images"),
+    "batch_size":          (128,        256,        2048,       "images per step, all processes"),
+    "optimizer":           ("adamw",    "sgd",      "lars",     "adamw, sgd or lars"),
+    "lr":                  (0.004,      0.12,       0.2,        "per 256 images, of the weights"),
+    "lr_biases":           (0.004,      0.12,       0.0003,     "of biases and normalisation"),
+    "warmup_epochs":       (1.0,        10.0,       10.0,       "epochs of linear warm-up"),
+    "weight_decay":        (1e-4,       5e-4,       1e-6,       "not on biases, normalisation"),
+    "redundancy_weight":   (0.0051,     0.0051,     0.0051,     "lambda in equation 1"),
+    "projection_dim":      (256,        2048,       8192,       "C; also the projector's width"),
+    "eval_every":          (5,          10,         10,         "epochs between kNN evaluations"),
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- method
+def build_views(args):
+    """Section 2.2: BYOL's two views; one is always blurred, the other sometimes solarized."""
+    shared = {
+        "size": args.size,
+        "scale": (0.08, 1.0),
+        "jitter": (0.4, 0.4, 0.2, 0.1),  # brightness, contrast, saturation, hue
+        "jitter_p": 0.8,
+        "grayscale": 0.2,
+        "bicubic": True,
+    }
+    large = args.size > 64  # CIFAR-sized images are not blurred
+    view1 = Augment(**shared, blur=1.0 if large else 0.0)
+    view2 = Augment(**shared, blur=0.1 if large else 0.0, solarize=0.2)
+    return [view1, view2]
+
+
 class BarlowTwins(nn.Module):
-    """forward(x1, x2), two views (B, 3, H, W) -> the loss of all processes' images."""
+    """forward(x1, x2): two views (B, 3, H, W) -> loss, and the embedding (B, C) for monitoring."""
 
     def __init__(self, args):
         super().__init__()
-        backbone, dim = build_backbone(args)
-        self.encoder = nn.Sequential()
-        self.encoder.backbone = backbone
-        self.encoder.projector = build_projector(dim, args.projection_dim)
-        self.bn = nn.BatchNorm1d(args.projection_dim, affine=False)  # per dimension: mean 0, std 1
+        self.backbone = build_backbone(args)
+        self.projector = build_projector(self.backbone.dim, args.projection_dim)
+        self.bn = nn.BatchNorm1d(args.projection_dim, affine=False)  # mean 0, std 1 per dimension
         self.redundancy_weight = args.redundancy_weight
-        # Of random embeddings: c is 1 / batch_size in the mean square, everywhere.
-        c, square = args.projection_dim, 1 / args.batch_size
+        # Of random embeddings: every correlation is 1 / batch_size in the mean square.
+        c = args.projection_dim
+        square = 1 / args.batch_size
         self.chance_loss = c * (1 + square) + args.redundancy_weight * c * (c - 1) * square
 
-    @property
-    def backbone(self):
-        return self.encoder.backbone
-
     def forward(self, x1, x2):
-        z1, z2 = self.bn(self.encoder(x1)), self.bn(self.encoder(x2))  # (B, C), each view its own
-        self.z = z1.detach()  # for the health figures
-        return barlow_loss(z1, z2, self.redundancy_weight)
+        h1 = self.backbone(x1)  # (B, D); each view has its own batch statistics
+        z1 = self.bn(self.projector(h1))  # (B, C)
+        h2 = self.backbone(x2)
+        z2 = self.bn(self.projector(h2))
+        return barlow_loss(z1, z2, self.redundancy_weight), z1.detach()
 
 
-@torch.autocast("cuda", enabled=False)  # sums over the batch in full precision
+@torch.autocast("cuda", enabled=False)  # sums over the batch in float32 (TF32 on GPUs), not bf16
 def barlow_loss(z1, z2, redundancy_weight):
-    """Equation 1: z1, z2 (B, C), batch-normalised -> the loss of the correlations over all W B
+    """Equation 1: z1, z2 (B, C), batch-normalised -> the loss of the correlations over all WB
     images, the same on every process."""
-    n = len(z1) * processes()[1]
-    c = total(z1.float().T @ z2.float()) / n  # (C, C), equation 2
+    n = len(z1) * world_size()
+    c = all_sum(z1.float().T @ z2.float()) / n  # (C, C), equation 2
     on_diagonal = (1 - c.diagonal()).square().sum()
     off_diagonal = c.square().sum() - c.diagonal().square().sum()
-    return on_diagonal + redundancy_weight * off_diagonal  # sums: lambda fits C = 8192
+    return on_diagonal + redundancy_weight * off_diagonal  # sums: lambda depends on C
 
 
 def build_projector(dim, projection_dim):
     """Three layers as wide as the embedding (section 2.2)."""
     return nn.Sequential(
         nn.Linear(dim, projection_dim, bias=False),
-        nn.BatchNorm1d(projection_dim), nn.ReLU(inplace=True),
+        nn.BatchNorm1d(projection_dim),
+        nn.ReLU(inplace=True),
         nn.Linear(projection_dim, projection_dim, bias=False),
-        nn.BatchNorm1d(projection_dim), nn.ReLU(inplace=True),
-        nn.Linear(projection_dim, projection_dim, bias=False))
+        nn.BatchNorm1d(projection_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(projection_dim, projection_dim, bias=False),
+    )
 
 
 def build_backbone(args):
-    """(torchvision's ResNet without its classifier, D): (B, 3, H, W) -> h (B, D)."""
-    if args.arch == "thin":
-        backbone = ResNet(BasicBlock, [1, 1, 1, 1])
-        backbone.inplanes = 16
-        backbone.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
-        backbone.bn1, backbone.fc = nn.BatchNorm2d(16), nn.Linear(128, 1)
-        for stage, width in enumerate((16, 32, 64, 128), start=1):
-            layer = backbone._make_layer(BasicBlock, width, 1, stride=min(stage, 2))
-            setattr(backbone, f"layer{stage}", layer)
-    elif re.fullmatch(r"(wide_)?resnet\d\w+", args.arch) and hasattr(torchvision.models, args.arch):
-        backbone = getattr(torchvision.models, args.arch)(zero_init_residual=True)  # official code
-        if args.size <= 64:
-            backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    else:
-        fail(f"--arch {args.arch}: neither thin nor a ResNet of torchvision, such as resnet50")
-    if args.size <= 64:  # small images: no early pooling
-        backbone.maxpool = nn.Identity()
-    dim, backbone.fc = backbone.fc.in_features, nn.Identity()
-    return backbone, dim
+    return resnet(args.arch, args.size, zero_init_residual=True)  # as in the official code
 
 
-def build_model(args, images, device):
-    model = BarlowTwins(args).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":  # global batch normalisation (official code); torch has none on CPUs
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+def learning_rate(args, epoch, lr=None):
+    """Linear warm-up, then a half cosine down to a thousandth (section 2.2); epoch grows with every
+    step. lr: per 256 images, of the weights if not given."""
+    peak = (args.lr if lr is None else lr) * args.batch_size / 256
+    if epoch < args.warmup_epochs:
+        return peak * epoch / args.warmup_epochs
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def build_optimizer(args, model):
-    kinds = {"adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9),
-             "lars": LARS}
+    """Two groups: weights, and biases with normalisation, which are not decayed."""
+    kinds = {
+        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+        "lars": LARS,
+    }
     if args.optimizer not in kinds:
         fail(f"--optimizer {args.optimizer}: not one of {', '.join(kinds)}")
     weights = [p for p in model.parameters() if p.ndim > 1]
     biases = [p for p in model.parameters() if p.ndim == 1]
-    return kinds[args.optimizer]([{"params": weights, "weight_decay": args.weight_decay},
-                                  {"params": biases, "weight_decay": 0.0}], lr=0.0)
+    groups = [{"params": weights, "weight_decay": args.weight_decay}]
+    groups.append({"params": biases, "weight_decay": 0.0})
+    return kinds[args.optimizer](groups, lr=0.0)
 
 
-def learning_rate(args, epoch):
-    """Linear warm-up, then half a cosine to a thousandth (section 2.2); epoch is a fraction."""
-    peak = args.lr * args.batch_size / 256
-    if epoch < args.warmup_epochs:
-        return peak * epoch / args.warmup_epochs
-    share = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * share)) / 2)
+# ------------------------------------------------------------------------------------ training
+def train(args):
+    """Trains, evaluates and writes everything to args.out; returns the content of result.json."""
+    device = launch()
+    data = load_images(args.data, args.root, device)
+    augments = build_views(args)
+    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
 
+    torch.manual_seed(args.seed)  # all processes start from the same weights
+    model = BarlowTwins(args).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":  # batch statistics over all processes (official code); GPUs only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(args, model)
 
-def update(args, model, optimizer, epoch):
-    """One step of the optimizer, at this fraction of an epoch; returns the learning rate."""
-    weights, biases = optimizer.param_groups
-    lr = weights["lr"] = learning_rate(args, epoch)
-    biases["lr"] = lr * args.lr_biases / args.lr
-    optimizer.step()
-    return lr
+    run = harness.Run(args, model, optimizer, views)  # continues where a killed run stopped
+    if run.is_new:  # the baseline: random weights
+        run.log_start(linear_eval(model.backbone, data, augments[0], device, args.workers))
+    if args.compile:
+        model.compile()
+    network = DistributedDataParallel(model) if world_size() > 1 else model
+
+    for epoch in run.epochs():
+        views.set_epoch(epoch)
+        for step, (x1, x2) in enumerate(views):
+            now = epoch - 1 + step / len(views)
+            lr = learning_rate(args, now)
+            optimizer.param_groups[0]["lr"] = lr  # of the weights
+            optimizer.param_groups[1]["lr"] = learning_rate(args, now, args.lr_biases)
+            bf16 = device.type == "cuda" and args.precision == "bf16"
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, z = network(x1, x2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.after_step(loss)
+
+        metrics = {"lr": lr, **health(z)}
+        last = epoch == args.epochs
+        if last or epoch % args.eval_every == 0:
+            view = augments[0]
+            metrics |= linear_eval(model.backbone, data, view, device, args.workers, last)
+        run.after_epoch(metrics)  # prints a line, writes checkpoint.pt and log.jsonl
+    return run.finish(data)  # writes result.json, backbone.pt and report.png
 
 
 # ------------------------------------------------------------------------------------ skeleton
-class Total(torch.autograd.Function):
+class AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
@@ -196,132 +196,64 @@ class Total(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)  # the loss of every process depends on this one's share
-        return gradient
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)  # every process's loss depends on this one's part
+        return grad
 
 
-def total(x):
-    """Sum over the processes. The gradient is summed as well, so that after DDP's mean W processes
-    have the gradient of one with the whole batch; dist.all_reduce alone would leave 1 / W of it."""
-    return Total.apply(x) if processes()[1] > 1 else x
+def all_sum(x):
+    """The sum over processes. The backward pass sums over them too, so after DDP's averaging the
+    gradient equals that of one process with the batch; dist.all_reduce alone would leave 1/W."""
+    return AllSum.apply(x) if world_size() > 1 else x
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al., 2017): a weight's gradient is scaled to a thousandth
-    of the weight's norm. One-dimensional parameters (biases, normalisation) are neither scaled nor
-    decayed. The learning rate multiplies the momentum buffer, as in torch's SGD."""
+    """Layer-wise adaptive rate scaling (You et al., 2017): the update of a weight is rescaled to a
+    thousandth of the weight's norm. Biases and normalisation are neither rescaled nor decayed.
+    The learning rate is applied after the momentum, as in torch's SGD (simclr.py: before it)."""
 
-    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            decay = [group["weight_decay"] * (p.ndim > 1) for p in params]
-            updates = torch._foreach_mul(params, decay)  # _foreach: of all parameters in one call
-            torch._foreach_add_(updates, [p.grad for p in params])
-            norms, update_norms = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
-            ratios = 0.001 * norms / update_norms
-            ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)
-            scales, plain = ratios.unbind(), torch.ones_like(ratios[0])
-            scales = [scale if p.ndim > 1 else plain for p, scale in zip(params, scales)]
-            torch._foreach_mul_(updates, scales)
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                       for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_sub_(params, torch._foreach_mul(buffers, group["lr"]))
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    ratio = 0.001 * p.norm() / update.norm()
+                    update = update * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(update)
+                p.sub_(group["lr"] * buffer)
 
 
 def launch():
-    """The device of this process, which joins the others where torchrun started several."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, see main
+    """Returns this process's device; joins the process group if torchrun started this script."""
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after --max-restarts it is the same store,
-            # with the addresses of the dead in it (for several machines see the README)
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world_size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def parse_args(argv=None):
-    """Args from the command line, or from a list of words; a flag wins over the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
-    for field in fields(Args):
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=notes.get(field.name), **kind)
-    given = vars(parser.parse_args(argv))
-    recipe = given.get("recipe") or recipe_for(given.get("data", Args.data))
-    if recipe not in RECIPES["recipe"]:
-        fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
-    column = RECIPES["recipe"].index(recipe)
-    args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
-    check(args, given.keys())
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
-    return args
-
-
-def train(args, augments):
-    device, (rank, world_size) = launch(), processes()
-    data = load(args.data, args.root, device)
-    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(data.pretrain), device)
-    optimizer = build_optimizer(args, model)
-    evaluate = partial(linear_eval, model.backbone, data, augments[0], device, workers=args.workers)
-    log = resume(METHOD, args, model, optimizer)
-    if not log:
-        log = [{"epoch": 0} | evaluate(classifier=not data.large)]  # random weights
-        record(METHOD, args, log, views, model, optimizer)
-    if args.compile:
-        model.compile()
-    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-
-    for epoch in range(len(log), args.epochs + 1):
-        views.set_epoch(epoch)
-        torch.manual_seed(seeded("epoch", args.seed, epoch).initial_seed())
-        total, start, shown = torch.zeros((), device=device), time.time(), time.time()
-        for step, batch in enumerate(views):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = network(*batch)
-            optimizer.zero_grad()
-            loss.backward()
-            lr = update(args, model, optimizer, epoch - 1 + step / len(views))
-            total += loss.detach()
-            if rank == 0 and sys.stdout.isatty() and time.time() > shown + 1:
-                shown = time.time()  # reading the loss waits for the device: once a second
-                print(f"\repoch {epoch}, {step + 1}/{len(views)}, loss {loss.item():.3f}", end="")
-        if world_size > 1:
-            dist.all_reduce(total)
-        loss = total.item() / len(views) / world_size  # waits for the device, so before the time
-        seconds = time.time() - start
-        if not math.isfinite(loss):
-            fail(f"the loss of epoch {epoch} is not finite; {args.out} keeps the epoch before it")
-        log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            log[-1] |= evaluate(classifier=epoch == args.epochs)
-        record(METHOD, args, log, views, model, optimizer)
-    return conclude(METHOD, args, data, log, views, model, device)
+    return harness.parse_args(__file__, __doc__, SETTINGS, argv)
 
 
 def main(args):
-    """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
-    with orderly():
-        return train(args, adapt(AUGMENTS[METHOD], args.size))  # BYOL's two views
+    with harness.clean_exit():  # Ctrl-C, SIGTERM, out of memory: one line, and the group is left
+        return train(args)
 
 
 if __name__ == "__main__":

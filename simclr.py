@@ -1,321 +1,253 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations
 Ting Chen, Simon Kornblith, Mohammad Norouzi, Geoffrey Hinton. ICML 2020, arXiv 2002.05709
 
-Two random views of an image should find each other among all views of the batch. One network, no
-memory, no momentum: what does the work is strong augmentation (crop and colour together), a
-non-linear head that is thrown away afterwards, and a large batch for many negatives.
+Two random views of an image should find each other among all the views in the batch. There is one
+network, no memory and no momentum encoder; what makes it work is strong augmentation (crop and
+colour together), a non-linear head that is discarded after training, and a large batch that
+supplies many negatives.
 
-    python simclr.py                                            # a few CPU minutes, no download
+    python simclr.py                                          # a few CPU minutes, no download
     torchrun --nproc_per_node=8 simclr.py --data /data/imagenet
 
-Read it first; moco_v1.py replaces the large batch by a queue, byol.py goes without negatives.
+Read this first. moco_v1.py replaces the large batch by a queue; byol.py drops the negatives.
 
-The paper's words -> ours: base encoder f -> backbone; projection head g -> projector; z -> z;
-N images, 2N views -> B images a process, W processes; tau -> temperature.
-Letters: B images a process, W processes, D features, C embedding.
+The paper's f, g, z, tau are backbone, projector, z, temperature; its N images are our W * B.
+Shapes: B images per process, W processes, D features, C embedding dimensions.
+Measured: 90.8 % linear top-1 on patterns (random weights 33.1 %), mean of 3 seeds.
+"""
 
-Measured: 90.8 % linear top-1 on patterns (random weights 33.1 %), mean of 3 seeds."""
-import argparse
-import inspect
 import math
 import os
-import re
-import signal
-import sys
-import time
-from dataclasses import dataclass, fields
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torch.nn.parallel import DistributedDataParallel
 
-from common import (AUGMENTS, Views, adapt, check, conclude, fail, health, linear_eval, load,
-                    orderly, processes, recipe_for, record, resume, seeded)
+import harness  # command line, checkpoint, log, report: what every run leaves on disk
+from common import Augment, Views, fail, health, linear_eval, load_images, rank, resnet, world_size
 
-METHOD = "simclr"
-
-
-@dataclass
-class Args:
-    data: str = "patterns"  # patterns, cifar10, cifar100, stl10, or a folder of images
-    recipe: str = ""  # patterns, cifar10 or imagenet; empty: what suits the data
-    arch: str = ""  # thin (four narrow stages), or a ResNet of torchvision, such as resnet50
-    size: int = 0  # pixels, the side of a view
-    epochs: int = 0  # passes over the images
-    batch_size: int = 0  # images, over all processes
-    lr: float = 0.0  # for 256 images; scaled linearly with the batch
-    warmup_epochs: float = 0.0  # epochs of linear warm-up
-    weight_decay: float = 0.0  # lambda; not on biases and normalisation
-    temperature: float = 0.0  # tau of equation 1
-    projection_dim: int = 0  # C, width of the embedding
-    jitter_strength: float = 0.0  # s, strength of the colour distortion (appendix A)
-    eval_every: int = 0  # epochs between two kNN evaluations
-    seed: int = 0
-    workers: int = min(8, os.cpu_count() or 1)  # decoding processes for each training process
-    root: str = "data"  # folder for the data sets of torchvision
-    out: str = ""  # folder for the results; empty: runs/<script>-<data>
-    compile: bool = False  # torch.compile
-    overwrite: bool = False  # start anew over a run that is finished or has other arguments
-
-
-RECIPES = {  # minutes on two cores; one GPU (appendix B.9); the paper's own numbers (appendix B.6)
-    "recipe":          ("patterns", "cifar10",  "imagenet"),
-    "arch":            ("thin",     "resnet18", "resnet50"),
-    "size":            (32,         32,         224),
-    "epochs":          (20,         200,        1000),
-    "batch_size":      (256,        512,        4096),
-    "lr":              (6.0,        0.5,        0.3),
-    "warmup_epochs":   (1.0,        10.0,       10.0),
-    "weight_decay":    (1e-4,       1e-4,       1e-6),
-    "temperature":     (0.2,        0.5,        0.1),
-    "projection_dim":  (64,         128,        128),
-    "jitter_strength": (1.0,        0.5,        1.0),
-    "eval_every":      (5,          10,         10),
-}
+# patterns: two cores. cifar10: after appendix B.9, with ResNet-18 (ResNet-50 there) and SGD (LARS).
+# imagenet: the paper's (section 2.3, appendix B.6).
+SETTINGS = {
+    "recipe":              ("patterns", "cifar10",  "imagenet", "what the columns are for"),
+    "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
+    "size":                (32,         32,         224,        "side of a view, in pixels"),
+    "epochs":              (20,         200,        1000,       "passes over the images"),
+    "batch_size":          (256,        512,        4096,       "images per step, all processes"),
+    "optimizer":           ("lars",     "sgd",      "lars",     "sgd or lars"),
+    "lr":                  (6.0,        0.12,       0.3,        "per 256 images of the batch"),
+    "warmup_epochs":       (1.0,        10.0,       10.0,       "epochs of linear warm-up"),
+    "weight_decay":        (1e-4,       5e-4,       1e-6,       "lars: not on biases, norms"),
+    "temperature":         (0.2,        0.5,        0.1,        "tau in equation 1"),
+    "projection_dim":      (64,         128,        128,        "C, width of the embedding"),
+    "jitter_strength":     (1.0,        0.5,        1.0,        "s, strength of the colours"),
+    "eval_every":          (5,          10,         10,         "epochs between kNN evaluations"),
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------- method
+def build_views(args):
+    """Appendix A: crops of at least 8 % of the image, colour distortion, blur in half the views."""
+    s = args.jitter_strength
+    view = Augment(
+        size=args.size,
+        scale=(0.08, 1.0),
+        jitter=(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s),  # brightness, contrast, saturation, hue
+        jitter_p=0.8,
+        grayscale=0.2,
+        blur=0.5 if args.size > 64 else 0.0,  # CIFAR-sized images are not blurred (appendix B.9)
+        bicubic=True,
+        mean=(0.0, 0.0, 0.0),  # no normalisation, as in the official code
+        std=(1.0, 1.0, 1.0),
+    )
+    return [view, view]
+
+
 class SimCLR(nn.Module):
-    """forward(x1, x2), two views (B, 3, H, W) -> the loss of this process's images."""
+    """forward(x1, x2): two views (B, 3, H, W) -> loss, and the embedding (B, C) for monitoring."""
 
     def __init__(self, args):
         super().__init__()
-        backbone, dim = build_backbone(args)
-        self.encoder = nn.Sequential()
-        self.encoder.backbone = backbone
-        self.encoder.projector = build_projector(dim, args.projection_dim)
+        self.backbone = build_backbone(args)
+        self.projector = build_projector(self.backbone.dim, args.projection_dim)
         self.temperature = args.temperature
-        self.chance_loss = math.log(2 * args.batch_size - 1)  # all similarities equal
-
-    @property
-    def backbone(self):
-        return self.encoder.backbone
+        self.chance_loss = math.log(2 * args.batch_size - 1)  # if all similarities were equal
 
     def forward(self, x1, x2):
-        # Both views in one pass: batch normalisation sees all 2 B of them, as in the official code.
-        z = self.encoder(torch.cat([x1, x2]))  # (2 B, C)
-        z1, z2 = F.normalize(z, dim=1).chunk(2)  # (B, C) each
-        self.z = z1.detach()  # for the health figures
-        return nt_xent(z1, z2, self.temperature)
+        # One pass for both views, so that batch normalisation sees 2B images (official code).
+        h = self.backbone(torch.cat([x1, x2]))  # (2B, D)
+        z = F.normalize(self.projector(h), dim=1)  # (2B, C)
+        z1, z2 = z.chunk(2)  # (B, C) each
+        return nt_xent(z1, z2, self.temperature), z1.detach()
 
 
-@torch.autocast("cuda", enabled=False)  # logits in full precision
+@torch.autocast("cuda", enabled=False)  # logits in float32 (TF32 on GPUs), not bf16
 def nt_xent(z1, z2, temperature):
-    """Equation 1, algorithm 1: z1, z2 (B, C), normalised -> the mean over this process's 2 B views,
-    each classified among the 2 W B - 1 others, those of the other processes included."""
-    (rank, world_size), n = processes(), len(z1)
-    z = torch.cat([gather(z1), gather(z2)])  # (2 W B, C)
-    logits = torch.cat([z1, z2]) @ z.T / temperature  # (2 B, 2 W B)
-    own = rank * n + torch.arange(n, device=z.device)  # (B,): where z1 stands in z
-    own = torch.cat([own, own + world_size * n])  # (2 B,)
-    logits = logits.scatter(1, own.unsqueeze(1), -math.inf)  # a view is no negative of itself
-    labels = own.roll(n)  # (2 B,): the other view of the same image
-    return F.cross_entropy(logits, labels)
+    """Equation 1: z1, z2 (B, C), normalised -> mean cross-entropy over this process's 2B views,
+    each of which has to find its partner among the 2WB - 1 other views of all processes."""
+    n = len(z1)
+    z = torch.cat([z1, z2])  # (2B, C), of this process
+    z_all = torch.cat([gather(z1), gather(z2)])  # (2WB, C), of all processes
+    logits = z @ z_all.T / temperature  # (2B, 2WB)
+
+    first = rank() * n + torch.arange(n, device=z.device)  # (B,): where z1 is in z_all
+    second = world_size() * n + first  # (B,): where z2 is in z_all
+    itself = torch.cat([first, second])  # (2B,)
+    partner = torch.cat([second, first])  # (2B,)
+    logits = logits.scatter(1, itself.unsqueeze(1), -math.inf)  # a view is not its own negative
+    return F.cross_entropy(logits, partner)
 
 
 def build_projector(dim, projection_dim):
-    """g: two layers (section 3), batch normalisation after both (official code), the last one
-    without a learned shift."""
-    last = nn.BatchNorm1d(projection_dim)
-    last.bias.requires_grad = False
-    return nn.Sequential(
-        nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True),
-        nn.Linear(dim, projection_dim, bias=False), last)
+    """g: two layers (section 2.1), each followed by batch normalisation (official code)."""
+    # Paper's code: weights from N(0, 0.01). Here: torch's default, because LARS adapts to the norm.
+    projector = nn.Sequential(
+        nn.Linear(dim, dim, bias=False),
+        nn.BatchNorm1d(dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(dim, projection_dim, bias=False),
+        nn.BatchNorm1d(projection_dim),
+    )
+    projector[-1].bias.requires_grad = False  # the last one has no learned shift
+    return projector
 
 
 def build_backbone(args):
-    """(torchvision's ResNet without its classifier, D): (B, 3, H, W) -> h (B, D)."""
-    if args.arch == "thin":
-        backbone = ResNet(BasicBlock, [1, 1, 1, 1])
-        backbone.inplanes = 16
-        backbone.conv1 = nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False)
-        backbone.bn1, backbone.fc = nn.BatchNorm2d(16), nn.Linear(128, 1)
-        for stage, width in enumerate((16, 32, 64, 128), start=1):
-            layer = backbone._make_layer(BasicBlock, width, 1, stride=min(stage, 2))
-            setattr(backbone, f"layer{stage}", layer)
-    elif re.fullmatch(r"(wide_)?resnet\d\w+", args.arch) and hasattr(torchvision.models, args.arch):
-        backbone = getattr(torchvision.models, args.arch)(zero_init_residual=True)  # official code
-        if args.size <= 64:
-            backbone.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    else:
-        fail(f"--arch {args.arch}: neither thin nor a ResNet of torchvision, such as resnet50")
-    if args.size <= 64:  # small images: no early pooling
-        backbone.maxpool = nn.Identity()
-    dim, backbone.fc = backbone.fc.in_features, nn.Identity()
-    return backbone, dim
-
-
-def build_model(args, images, device):
-    model = SimCLR(args).to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":  # global batch normalisation (section 2.2); torch has none on the CPU
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    return resnet(args.arch, args.size, zero_init_residual=True)  # as in the official code
 
 
 def build_optimizer(args, model):
     trained = [p for p in model.parameters() if p.requires_grad]
-    return LARSOptimizer(trained, weight_decay=args.weight_decay)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(trained, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "lars":
+        return LARS(trained, weight_decay=args.weight_decay)
+    fail(f"--optimizer {args.optimizer}: neither sgd nor lars")
 
 
 def learning_rate(args, epoch):
-    """Linear warm-up, then half a cosine to 0 (section 2.2); epoch is a fraction, in steps."""
+    """Linear warm-up, then a half cosine down to 0 (section 2.3); epoch grows with every step."""
     peak = args.lr * args.batch_size / 256
     if epoch < args.warmup_epochs:
         return peak * epoch / args.warmup_epochs
-    share = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
-    return peak * (1 + math.cos(math.pi * share)) / 2
+    progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
+    return peak * (1 + math.cos(math.pi * progress)) / 2
 
 
-def update(args, model, optimizer, epoch):
-    """One step of the optimizer, at this fraction of an epoch; returns the learning rate."""
-    lr = learning_rate(args, epoch)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    return lr
+# ------------------------------------------------------------------------------------ training
+def train(args):
+    """Trains, evaluates and writes everything to args.out; returns the content of result.json."""
+    device = launch()
+    data = load_images(args.data, args.root, device)
+    augments = build_views(args)
+    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
+
+    torch.manual_seed(args.seed)  # all processes start from the same weights
+    model = SimCLR(args).to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":  # batch statistics over all processes (section 2.2); GPUs only
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = build_optimizer(args, model)
+
+    run = harness.Run(args, model, optimizer, views)  # continues where a killed run stopped
+    if run.is_new:  # the baseline: random weights
+        run.log_start(linear_eval(model.backbone, data, augments[0], device, args.workers))
+    if args.compile:
+        model.compile()
+    network = DistributedDataParallel(model) if world_size() > 1 else model
+
+    for epoch in run.epochs():
+        views.set_epoch(epoch)
+        for step, (x1, x2) in enumerate(views):
+            lr = learning_rate(args, epoch - 1 + step / len(views))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            bf16 = device.type == "cuda" and args.precision == "bf16"
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, z = network(x1, x2)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.after_step(loss)
+
+        metrics = {"lr": lr, **health(z)}
+        last = epoch == args.epochs
+        if last or epoch % args.eval_every == 0:
+            view = augments[0]
+            metrics |= linear_eval(model.backbone, data, view, device, args.workers, last)
+        run.after_epoch(metrics)  # prints a line, writes checkpoint.pt and log.jsonl
+    return run.finish(data)  # writes result.json, backbone.pt and report.png
 
 
 # ------------------------------------------------------------------------------------ skeleton
 class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        x = x.contiguous()  # nccl would scramble the pixels of channels_last images
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)  # the loss of every process depends on these rows
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # every process's loss depends on these rows
+        return grad.chunk(world_size())[rank()]
 
 
 def gather(x):
-    """Rows of all processes, (B, ...) -> (W B, ...). The gradient is summed over the processes, so
-    that after DDP's mean W processes have the gradient of one with the whole batch."""
-    return Gather.apply(x) if processes()[1] > 1 else x
+    """The rows of all processes, (B, ...) -> (WB, ...), with gradient. The backward pass sums over
+    processes, so after DDP's averaging the gradient equals that of one process with the batch."""
+    return Gather.apply(x) if world_size() > 1 else x
 
 
-class LARSOptimizer(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al., 2017): a weight's gradient is scaled to a thousandth
-    of the weight's norm. One-dimensional parameters (biases, normalisation) are neither scaled nor
-    decayed. The learning rate enters the momentum buffer, as in the official code, whose name for
-    it this is; LARS in byol.py multiplies the buffer by it."""
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., 2017): the update of a weight is rescaled to a
+    thousandth of the weight's norm. Biases and normalisation are neither rescaled nor decayed.
+    As in SimCLR's code the learning rate is applied before the momentum (byol.py: after it)."""
 
-    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            decay = [group["weight_decay"] * (p.ndim > 1) for p in params]
-            updates = torch._foreach_mul(params, decay)  # _foreach: of all parameters in one call
-            torch._foreach_add_(updates, [p.grad for p in params])
-            norms, update_norms = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
-            ratios = 0.001 * norms / update_norms
-            ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)
-            rates, plain = (group["lr"] * ratios).unbind(), group["lr"] * torch.ones_like(ratios[0])
-            rates = [rate if p.ndim > 1 else plain for p, rate in zip(params, rates)]
-            torch._foreach_mul_(updates, rates)
-            buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                       for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_sub_(params, buffers)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + group["weight_decay"] * p
+                    ratio = 0.001 * p.norm() / update.norm()
+                    update = update * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"]
+                buffer.mul_(group["momentum"]).add_(group["lr"] * update)
+                p.sub_(buffer)
 
 
 def launch():
-    """The device of this process, which joins the others where torchrun started several."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, see main
+    """Returns this process's device; joins the process group if torchrun started this script."""
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # after --max-restarts it is the same store,
-            # with the addresses of the dead in it (for several machines see the README)
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world_size)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def parse_args(argv=None):
-    """Args from the command line, or from a list of words; a flag wins over the recipe."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Args), re.M))
-    for field in fields(Args):
-        kind = {"action": "store_true"} if field.type is bool else {"type": field.type}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=notes.get(field.name), **kind)
-    given = vars(parser.parse_args(argv))
-    recipe = given.get("recipe") or recipe_for(given.get("data", Args.data))
-    if recipe not in RECIPES["recipe"]:
-        fail(f"--recipe {recipe}: not one of {', '.join(RECIPES['recipe'])}")
-    column = RECIPES["recipe"].index(recipe)
-    args = Args(**{name: row[column] for name, row in RECIPES.items()} | given)
-    check(args, given.keys())
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
-    return args
-
-
-def train(args, augments):
-    device, (rank, world_size) = launch(), processes()
-    data = load(args.data, args.root, device)
-    views = Views(data.pretrain, augments, args.batch_size, device, args.seed, args.workers)
-    torch.manual_seed(args.seed)
-    model = build_model(args, len(data.pretrain), device)
-    optimizer = build_optimizer(args, model)
-    evaluate = partial(linear_eval, model.backbone, data, augments[0], device, workers=args.workers)
-    log = resume(METHOD, args, model, optimizer)
-    if not log:
-        log = [{"epoch": 0} | evaluate(classifier=not data.large)]  # random weights
-        record(METHOD, args, log, views, model, optimizer)
-    if args.compile:
-        model.compile()
-    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-
-    for epoch in range(len(log), args.epochs + 1):
-        views.set_epoch(epoch)
-        torch.manual_seed(seeded("epoch", args.seed, epoch).initial_seed())
-        total, start, shown = torch.zeros((), device=device), time.time(), time.time()
-        for step, batch in enumerate(views):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = network(*batch)
-            optimizer.zero_grad()
-            loss.backward()
-            lr = update(args, model, optimizer, epoch - 1 + step / len(views))
-            total += loss.detach()
-            if rank == 0 and sys.stdout.isatty() and time.time() > shown + 1:
-                shown = time.time()  # reading the loss waits for the device: once a second
-                print(f"\repoch {epoch}, {step + 1}/{len(views)}, loss {loss.item():.3f}", end="")
-        if world_size > 1:
-            dist.all_reduce(total)
-        loss = total.item() / len(views) / world_size  # waits for the device, so before the time
-        seconds = time.time() - start
-        if not math.isfinite(loss):
-            fail(f"the loss of epoch {epoch} is not finite; {args.out} keeps the epoch before it")
-        log.append({"epoch": epoch, "loss": loss, "lr": lr, **health(model.z), "seconds": seconds})
-        if epoch % args.eval_every == 0 or epoch == args.epochs:
-            log[-1] |= evaluate(classifier=epoch == args.epochs)
-        record(METHOD, args, log, views, model, optimizer)
-    return conclude(METHOD, args, data, log, views, model, device)
+    return harness.parse_args(__file__, __doc__, SETTINGS, argv)
 
 
 def main(args):
-    """Trains, evaluates, and writes the files in args.out; returns what stands in result.json."""
-    with orderly():
-        return train(args, adapt(AUGMENTS[METHOD], args.size, args.jitter_strength))
+    with harness.clean_exit():  # Ctrl-C, SIGTERM, out of memory: one line, and the group is left
+        return train(args)
 
 
 if __name__ == "__main__":
