@@ -1,20 +1,23 @@
-"""What the tests share: the list of scripts, small settings for any of them, a small folder."""
+"""What the tests share: the list of scripts, small settings for any of them, small folders."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.transforms import functional as TF
 
 import common
+import harness
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
+SHARED = ("common", "harness", "evaluate")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in SHARED)
 SMALL = {
     "batch_size": 16,
     "epochs": 2,
@@ -23,8 +26,9 @@ SMALL = {
     "small_crops": 2,
     "prototypes": 12,
     "eval_every": 1,
-    "workers": 0,
 }
+COMMON_FLAGS = {"data", "recipe", "seed", "precision", "workers", "root", "out"}
+SWITCHES = {"compile", "overwrite"}
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -33,15 +37,16 @@ def script(request):
 
 
 def words(script, **flags):
-    """The command line of a small run; flags a script does not have are left out."""
-    known = {field.name for field in fields(script.Args)}
-    flags = {name: value for name, value in (SMALL | flags).items() if name in known}
-    return [
-        word
-        for name, value in flags.items()
-        if value is not False
-        for word in (["--" + name.replace("_", "-")] + ([str(value)] if value is not True else []))
-    ]
+    """The command line of a small run; flags that a script does not have are left out."""
+    flags = SMALL | {"workers": 0} | flags
+    found = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if name in SWITCHES and value:
+            found.append(flag)
+        elif name in script.SETTINGS or name in COMMON_FLAGS:
+            found += [flag, str(value)]
+    return found
 
 
 def small_args(script, **flags):
@@ -49,44 +54,72 @@ def small_args(script, **flags):
 
 
 def model_of(script):
-    """The method's class: the one module in the script that says chance_loss in its constructor."""
-    return next(
-        value
-        for value in vars(script).values()
-        if isinstance(value, type)
-        and issubclass(value, torch.nn.Module)
-        and value.__module__ == script.__name__
-        and hasattr(value, "backbone")
-    )
+    """The method's class: the only module in its script that states a chance loss."""
+    for value in vars(script).values():
+        if not isinstance(value, type) or value.__module__ != script.__name__:
+            continue
+        names = value.__init__.__code__.co_names if issubclass(value, torch.nn.Module) else ()
+        if "chance_loss" in names:
+            return value
+
+
+def optimizer_of(script, args, model):
+    """The optimizer of the script's train; where it is built there, one with the same groups."""
+    if hasattr(script, "build_optimizer"):
+        return script.build_optimizer(args, model)
+    if script.__name__ == "simsiam":
+        groups = [{"params": part.parameters()} for part in (model.encoder, model.predictor)]
+    else:
+        groups = [{"params": model.encoder_q.parameters()}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+
+
+def finish_step(script, model, z, momentum=0.9):
+    """What train does after the optimizer's step: moving averages, and SwAV's queue."""
+    if hasattr(model, "encoder_k"):
+        script.ema_update(model.encoder_q, model.encoder_k, momentum)
+    elif hasattr(model, "target_encoder"):
+        script.ema_update(model.encoder, model.target_encoder, momentum)
+    elif hasattr(model, "queue"):
+        script.enqueue(model.queue, model.queue_ptr, torch.stack(z.chunk(2), dim=1))
 
 
 def views_for(args, n, dtype=torch.float32):
-    """A fixed batch for `forward`: views of the number and the sides that these settings give."""
+    """A fixed batch for `forward`: views of the number and sizes that these settings give."""
     known = vars(args)
     sides = [args.size] * 2 + [known.get("small_size")] * known.get("small_crops", 0)
-    chance = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 3, side, side, generator=chance, dtype=dtype) for side in sides]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, side, side, generator=generator, dtype=dtype) for side in sides]
 
 
-def run(*command, threads=1, limit=300):
+def run(*command, threads=1, limit=300, **environment):
     """A program of ours in a process of its own; in one thread, so that two share two cores."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        **environment,
+    }
     return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
-        text=True, timeout=limit)
-
-
-def torchrun(processes, *command):
-    return run(
-        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *command
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=limit,
     )
+
+
+def torchrun(processes, *command, **environment):
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return run(*launcher, *command, **environment)
 
 
 def write_folder(folder, images, labels):
     for number, (image, label) in enumerate(zip(images, labels)):
         path = folder / common.PATTERNS[label] / f"{number:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        common.TF.to_pil_image(image).save(path)
+        TF.to_pil_image(image).save(path)
 
 
 @pytest.fixture(scope="session")
@@ -106,9 +139,54 @@ def photos(tmp_path_factory):
     root.mkdir()
     images, _ = common.patterns(20, seed=2)
     for number, image in enumerate(images):
-        image = common.TF.to_pil_image(image).resize((150 + 8 * number, 120 + 5 * number))
+        image = TF.to_pil_image(image).resize((150 + 8 * number, 120 + 5 * number))
         image.save(root / f"{number:02}.jpg", quality=90)
     return root
+
+
+def log_of(out):
+    """The lines of a run's log without what no two runs share."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines
+
+
+def checkpoint_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equality to the bit of nested dictionaries, lists and tensors."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def same_state(a, b):
+    """Whether two checkpoints hold the same weights, optimizer and random state, to the bit."""
+    return all(same(a[part], b[part]) for part in ("model", "optimizer", "random_state"))
+
+
+def interrupt(script, args, method, call):
+    """A training stopped by Ctrl-C right after the given call of that method of harness.Run."""
+    original = getattr(harness.Run, method)
+    calls = []
+
+    def interrupted(*arguments):
+        original(*arguments)
+        calls.append(method)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(harness.Run, method, interrupted)
+        script.main(args)
+    assert end.value.code == 130
 
 
 def error_line(capsys, function, *arguments):
@@ -117,8 +195,6 @@ def error_line(capsys, function, *arguments):
     with pytest.raises(SystemExit) as end:
         function(*arguments)
     lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), (
-        end.value,
-        lines,
-    )
+    assert end.value.code == 2, end.value
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]

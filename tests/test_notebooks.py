@@ -1,4 +1,4 @@
-"""The notebooks show what the scripts of today do: complete, small, and executed anew."""
+"""The notebooks show what the scripts do now: complete, small, and able to run again."""
 
 import ast
 import asyncio
@@ -7,6 +7,9 @@ import inspect
 import json
 import os
 import re
+import subprocess
+import sys
+from collections import Counter
 
 import nbformat
 import pytest
@@ -15,12 +18,21 @@ from conftest import ROOT, SCRIPTS
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+import common
+import harness
+import walkthrough as walk
+
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-PARTS = ("## The views", "What goes wrong", "## What changed from its parent", "## Exercises",
-         "## Is my loss normal?")
+PARTS = (
+    "## The views",
+    "What goes wrong",
+    "## What changed from its parent",
+    "## Exercises",
+    "## Is my loss normal?",
+)
 
 
-def notebook(name):
+def read(name):
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
@@ -29,68 +41,126 @@ def code(book):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_committed_as_it_ran(name):
-    """A reader on the web sees all of it: every cell has run, in order, without an error."""
+def test_is_committed_with_its_outputs(name):
+    """For readers on the web: every cell has run, in order and without an error."""
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 2**20
-    book = notebook(name)
+    book = read(name)
     nbformat.validate(book)
-    assert [cell.execution_count for cell in code(book)] == list(range(1, len(code(book)) + 1))
+    counts = [cell.execution_count for cell in code(book)]
+    assert counts == list(range(1, len(counts) + 1))
     outputs = json.dumps([cell.outputs for cell in code(book)])
-    assert '"output_type": "error"' not in outputs and "Traceback" not in outputs
+    assert '"output_type": "error"' not in outputs
+    assert "Traceback" not in outputs
     assert outputs.count('"image/png"') >= 5
     assert not re.search(r"/(tmp|home|root|work|Users)/", outputs)
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_its_first_code_cell_says_how_to_start(name):
+    assert walk.COMMAND in code(read(name))[0].source
+    assert walk.COMMAND in (ROOT / "notebooks" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", sorted(set(NOTEBOOKS) & set(SCRIPTS)))
-def test_every_walkthrough_has_its_parts_and_copies_no_function(name):
-    book, script = notebook(name), importlib.import_module(name)
+def test_walkthrough_has_its_parts_and_copies_no_function(name):
+    book = read(name)
+    script = importlib.import_module(name)
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    assert all(part in prose for part in PARTS)
-    assert sum("answer_" in cell.source and "walk.check" not in cell.source
-               for cell in code(book)) == 1
+    for part in PARTS:
+        assert part in prose
+    questions = [cell for cell in code(book) if "answer_1 =" in cell.source]
+    assert len(questions) == 1
+    assert "answer_1 = None" in questions[0].source
     for cell in code(book):
-        assert "answer_1 = None" in cell.source or "answer_1 =" not in cell.source
         for part in ast.walk(ast.parse(cell.source)):
             if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name in vars(script):
-                # a function of the script may be wrapped under its name, which then is passed on
-                assert f"={name}.{part.name}" in cell.source, part.name
+                # A function of the script may be wrapped under its name, if it is passed on.
+                assert f"={name}.{part.name}" in cell.source
                 assert ast.unparse(part) not in inspect.getsource(script)
 
 
-def test_check_says_right_and_wrong(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "notebooks")
-    walk = importlib.import_module("walkthrough")
-    for right, wrong in ((0.5, 0.6), ("yes", "no"), ((2,), (1,)), (49, 7),
-                         (torch.eye(2), torch.ones(2, 2))):
-        for answer, said in ((None, "no answer yet"), (right, "right"), (wrong, "wrong")):
-            walk.check(1, answer, lambda right=right: right)
-            assert f"exercise 1: {said}" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "right, wrong",
+    [(0.5, 0.6), ("yes", "no"), ((2,), (1,)), (49, 7), (torch.eye(2), torch.ones(2, 2))],
+)
+def test_check_says_right_and_wrong(right, wrong, capsys):
+    for answer, said in ((None, "no answer yet"), (right, "right"), (wrong, "wrong")):
+        walk.check(1, answer, lambda: right)
+        assert f"exercise 1: {said}" in capsys.readouterr().out
 
 
-def test_training_with_of_has_the_schedule_of_the_longer_run(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "notebooks")
-    walk, simsiam = (importlib.import_module(name) for name in ("walkthrough", "simsiam"))
-    images, labels = walk.common.patterns(64)
-    small = walk.common.Data("patterns", images, (images, labels), (images, labels), ["x"] * 10)
-    monkeypatch.setattr(simsiam, "load", lambda *arguments: small)
-    monkeypatch.setattr(walk, "DATA", small)
-    rates = [walk.train(simsiam, of=of, epochs=2, batch_size=32).last["lr"] for of in (None, 4)]
+def test_without_the_scripts_one_line_says_how_to_start(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "notebooks")}
+    command = [sys.executable, "-c", "import walkthrough"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert walk.COMMAND in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def simsiam(monkeypatch):
+    """The script, with 64 images instead of 4,000."""
+    script = importlib.import_module("simsiam")
+    images, labels = common.patterns(64)
+    small = common.Data("patterns", images, (images, labels), (images, labels), common.PATTERNS)
+    monkeypatch.setattr(script, "load_images", lambda *arguments: small)
+    return script
+
+
+def test_of_gives_the_schedule_of_the_longer_run(simsiam):
+    whole = walk.train(simsiam, epochs=2, batch_size=32)
+    first_half = walk.train(simsiam, of=4, epochs=2, batch_size=32)
     args = walk.settings(simsiam, epochs=4, batch_size=32)
-    assert rates[1] == simsiam.learning_rate(args, 1.5) != rates[0]
+    assert first_half.last["lr"] == simsiam.learning_rate(args, 1.5)
+    assert first_half.last["lr"] != whole.last["lr"]
+
+
+def test_replaced_parts_are_used_and_put_back(simsiam):
+    """In the usual way first; then with a loss that is always 0."""
+    before = dict(vars(simsiam))
+    finish = harness.Run.finish
+    usual = walk.train(simsiam, probe=True, epochs=1, batch_size=32)
+    without = walk.train(
+        simsiam, {"negative_cosine": lambda p, z: 0 * p.sum()}, epochs=1, batch_size=32
+    )
+    assert usual.last["loss"] != 0
+    assert without.last["loss"] == 0
+    assert "linear_top1" in usual.last
+    assert "linear_top1" not in without.last
+    assert "knn_top1" in without.last
+    assert vars(simsiam) == before
+    assert harness.Run.finish is finish
+
+
+@pytest.mark.parametrize("parent, child", [("moco_v1", "moco_v2"), ("simclr", "byol")])
+def test_diff_shows_every_changed_line(parent, child, monkeypatch):
+    shown = []
+    monkeypatch.setattr(walk, "show_text", lambda title, language, text: shown.append(text))
+    walk.diff(parent, child)
+    lines = shown[0].splitlines()[2:]  # after the names of the two files
+    found = Counter((ROOT / f"{parent}.py").read_text().splitlines())
+    found.subtract(line[1:] for line in lines if line.startswith("-"))
+    found.update(line[1:] for line in lines if line.startswith("+"))
+    assert +found == Counter((ROOT / f"{child}.py").read_text().splitlines())
 
 
 @pytest.fixture(scope="module")
 def executed():
     """{notebook: its cells after a run from a clean state, or the error}; two run at a time."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    place = {"metadata": {"path": str(ROOT / "notebooks")}}
 
     async def run(name, cores):
-        book, place = notebook(name), {"metadata": {"path": str(ROOT / "notebooks")}}
+        book = read(name)
         for cell in code(book):
-            cell.outputs, cell.execution_count = [], None
+            cell.outputs = []
+            cell.execution_count = None
         client = NotebookClient(book, timeout=900, kernel_name="python3", resources=place)
         async with cores:
             try:
-                await client.async_execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+                await client.async_execute(env=environment)
             except CellExecutionError as error:
                 return error
         return code(book)
@@ -106,9 +176,9 @@ def executed():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs_from_a_clean_state(name, executed):
-    """In a kernel of its own; the figures differ from machine to machine, their number does not."""
+    """In a kernel of its own; its figures differ between machines, their number does not."""
     cells = executed[name]
     if isinstance(cells, CellExecutionError):
         raise cells
-    shown = [len(cell.outputs) for cell in code(notebook(name))]
+    shown = [len(cell.outputs) for cell in code(read(name))]
     assert [len(cell.outputs) for cell in cells] == shown
