@@ -1,7 +1,9 @@
-"""What the notebooks share: they train for a short while, draw, show lines of the scripts and say
-whether an exercise is right. Nothing of a method is here."""
+"""What the notebooks share: short trainings, drawings, excerpts of the scripts, and the check of an
+exercise. Nothing in here belongs to a method."""
 
 import contextlib
+import copy
+import difflib
 import importlib
 import inspect
 import io
@@ -9,48 +11,61 @@ import json
 import math
 import multiprocessing
 import os
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "results"))
-sys.path.insert(2, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import matplotlib.pyplot as plt
 import torch
 import torchvision
 from IPython.display import Markdown, display
 
-import common
+COMMAND = "PYTHONPATH=$PWD:$PWD/tests jupyter notebook notebooks"
 
-ROOT = Path(__file__).resolve().parent.parent
+try:
+    import common
+    import harness
+except ModuleNotFoundError as error:
+    if error.name not in ("common", "harness"):
+        raise
+    raise SystemExit(
+        f"the scripts are not found; in the repository's root, run: {COMMAND}"
+    ) from None
+
+ROOT = Path(common.__file__).resolve().parent
 plt.rcParams |= {"figure.dpi": 72, "figure.constrained_layout.use": True, "axes.titlesize": 10}
-DATA = common.load("patterns")
+DATA = common.load_images("patterns")
 
 
-# ------------------------------------------------------------------------- lines of the scripts
+# ------------------------------------------------------------------------------------- excerpts
 def source(thing, *only):
-    """Shows the source of a function or class of a script, with line numbers; with `only`, those
-    lines of it that contain one of these pieces."""
+    """Shows the source of a function or class of a script, with line numbers; with `only`, just the
+    lines that contain one of these pieces of text."""
     thing = inspect.unwrap(thing)
     lines, first = inspect.getsourcelines(thing)
-    shown = [f"{first + i:4d}  {line.rstrip()}" for i, line in enumerate(lines)
-             if not only or any(piece in line for piece in only)]
-    assert len(shown) >= max(len(only), 1), f"a line is gone: {only}"
+    shown = []
+    for number, line in enumerate(lines, first):
+        if not only or any(piece in line for piece in only):
+            shown.append(f"{number:4d}  {line.rstrip()}")
+    assert len(shown) >= max(len(only), 1), f"{thing.__qualname__} has no line with {only}"
     name = Path(inspect.getsourcefile(thing)).name
-    display(Markdown(f"`{name}`, `{thing.__qualname__}`\n```python\n" + "\n".join(shown) + "\n```"))
+    show_text(f"`{name}`, `{thing.__qualname__}`", "python", "\n".join(shown))
 
 
 def diff(parent, child):
-    """Shows what a script changes in the one beside which it is to be read."""
-    text = (ROOT / "results" / "diffs" / f"{parent}--{child}.diff").read_text()
-    changed = sum(line[:1] in "+-" for line in text.splitlines()) - 2
-    display(Markdown(f"`diff {parent}.py {child}.py`: {changed} lines\n```diff\n{text}```"))
+    """Shows what a script changes in the one it is to be read beside."""
+    names = [f"{parent}.py", f"{child}.py"]
+    texts = [(ROOT / name).read_text().splitlines() for name in names]
+    lines = list(difflib.unified_diff(*texts, *names, n=1, lineterm=""))
+    changed = sum(line[0] in "+-" for line in lines[2:])  # after the names of the two files
+    show_text(f"`diff {' '.join(names)}`: {changed} lines", "diff", "\n".join(lines))
+
+
+def show_text(title, language, text):
+    display(Markdown(f"{title}\n```{language}\n{text}\n```"))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -59,7 +74,7 @@ class Run:
     """A short training: its settings, its log, the trained model, and what it printed."""
 
     args: object
-    log: list
+    log: list  # a dictionary per epoch; [0] is the random weights
     model: torch.nn.Module
     said: str
     seconds: float
@@ -74,37 +89,71 @@ class Run:
 
 
 def settings(script, **flags):
-    """The script's Args of its patterns recipe, with these flags."""
-    return script.parse_args([word for name, value in flags.items()
-                              for word in ("--" + name.replace("_", "-"), str(value))])
+    """The script's settings of its patterns recipe, with these flags."""
+    words = []
+    for name, value in flags.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return script.parse_args(words)
 
 
-def only_knn(*arguments, classifier, **more):
-    return common.linear_eval(*arguments, classifier=False, **more)
+def build_model(script, args):
+    """The method's model: the script's only module that has a chance_loss."""
+    for value in vars(script).values():
+        if isinstance(value, type) and issubclass(value, torch.nn.Module):
+            if "chance_loss" in value.__init__.__code__.co_names:
+                return value(args)
 
 
 def train(script, replaced=None, probe=False, of=None, **flags):
-    """Runs a script's own main on the patterns with these flags. `replaced`: {name: value} puts
-    other things in place of the script's own for this run, which is how parts are removed. Without
-    `probe` there is no linear evaluation and no report, which saves their seconds. With `of` these
-    are the first epochs of a run of so many, with its schedules."""
+    """Runs a script's own `main` on the patterns with these flags.
+
+    `replaced`, {name: value}, puts other things in place of the script's own for this run; this is
+    how parts are removed. Without `probe` there is no linear classifier and no report, which saves
+    time. With `of`, these are the first epochs of a run of that many epochs, with its schedules."""
     replaced = dict(replaced or {})
-    for name in {"learning_rate", "ema_momentum"} & vars(script).keys() if of else ():
-        function = replaced.get(name, getattr(script, name))
-        replaced[name] = lambda args, epoch, function=function: function(
-            replace(args, epochs=of), epoch)
+    if of:
+        for name in ("learning_rate", "ema_momentum"):  # the schedules; not every script has both
+            function = replaced.get(name, vars(script).get(name))
+            if function:
+                replaced[name] = stretch(function, of)
+    finish = harness.Run.finish
     if not probe:
-        replaced |= {"linear_eval": only_knn, "conclude": lambda *arguments: None}
-    start, said = time.time(), io.StringIO()
-    with tempfile.TemporaryDirectory() as out, mock.patch.dict(vars(script), replaced):
+        replaced["linear_eval"] = only_knn
+        finish = leave_unfinished
+    start = time.time()
+    said = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(vars(script), replaced))
+        stack.enter_context(mock.patch.object(harness.Run, "finish", finish))
         args = settings(script, out=out, eval_every=1, **flags)
         with contextlib.redirect_stdout(said):
             script.main(args)
-        checkpoint = common.load_checkpoint(Path(out, "checkpoint.pt"))
-        log = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-        model = script.build_model(args, len(DATA.pretrain), torch.device("cpu"))
+        checkpoint = harness.load_checkpoint(Path(out, "checkpoint.pt"))
+        lines = Path(out, "log.jsonl").read_text().splitlines()
+        model = build_model(script, args)
     model.load_state_dict(checkpoint["model"])
+    log = [json.loads(line) for line in lines]
     return Run(args, log, model, said.getvalue(), time.time() - start)
+
+
+def stretch(function, epochs):
+    """A schedule as it is in a run of so many epochs."""
+
+    def stretched(args, *more):
+        longer = copy.copy(args)
+        longer.epochs = epochs
+        return function(longer, *more)
+
+    return stretched
+
+
+def only_knn(backbone, data, view, device, workers=0, classifier=False):
+    return common.linear_eval(backbone, data, view, device, workers, classifier=False)
+
+
+def leave_unfinished(run, data):
+    """In place of harness.Run.finish."""
 
 
 def first_epochs(name, epochs):
@@ -114,18 +163,19 @@ def first_epochs(name, epochs):
 
 
 def train_all(names, epochs):
-    """{name: Run} of the first epochs of these scripts' default recipes, in processes of their own:
-    as many at a time as there are cores, each on one."""
+    """{name: Run} of the first epochs of these scripts' default recipes, each in a process of its
+    own on one core, as many at a time as there are cores."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count(), len(names)), spawn) as pool:
-        return dict(zip(names, pool.map(first_epochs, names, [epochs] * len(names))))
+        runs = pool.map(first_epochs, names, [epochs] * len(names))
+        return dict(zip(names, runs))
 
 
 def untrained(script, **flags):
-    """The same network as it was before the first step of a run with these flags."""
+    """The model as it is before the first step of a run with these flags."""
     args = settings(script, **flags)
     torch.manual_seed(args.seed)
-    return script.build_model(args, len(DATA.pretrain), torch.device("cpu"))
+    return build_model(script, args)
 
 
 @torch.no_grad()
@@ -144,18 +194,18 @@ def picture(axis, images, title, columns=8):
 
 
 def curves(runs, chance=True):
-    """Loss against its chance level, kNN on held-out images, and health, over the epochs; runs:
+    """Loss (with its chance level), kNN on held-out images and health over the epochs; runs:
     {name: Run}."""
     figure, (a, b, c) = plt.subplots(1, 3, figsize=(12, 3))
     for name, run in runs.items():
         log = run.log[1:]
         epochs = [line["epoch"] for line in log]
         lines = a.plot(epochs, [line["loss"] for line in log], marker=".", label=name)
-        if chance and run.model.chance_loss is not None:
+        if chance:
             a.axhline(run.model.chance_loss, color=lines[0].get_color(), linestyle=":")
         b.plot([0, *epochs], [line["knn_top1"] for line in run.log], marker=".", label=name)
         c.plot(epochs, [line["std"] for line in log], marker=".", label=name)
-    a.set(title="loss; dotted: of a network that tells nothing", xlabel="epoch")
+    a.set(title="loss; dotted: chance level" if chance else "loss", xlabel="epoch")
     b.set(title="kNN top-1 (%); epoch 0: random weights", xlabel="epoch", ylim=(0, 100))
     b.axhline(10, color="gray", linestyle=":")
     c.set(title="std of z: 1 is healthy, 0 has collapsed", xlabel="epoch", ylim=(0, 1.1))
@@ -166,7 +216,7 @@ def curves(runs, chance=True):
 
 
 def bars(values, title, chance=None, unit="%"):
-    """A bar for each of {name: number}, with the number on it."""
+    """A bar for each of {name: number}, with the number on it; `chance`: a dotted line."""
     figure, axis = plt.subplots(figsize=(min(12, 2 + 1.4 * len(values)), 2.8))
     drawn = axis.bar([str(name) for name in values], list(values.values()), width=0.6)
     axis.bar_label(drawn, fmt="{:.1f} " + unit)
@@ -178,16 +228,17 @@ def bars(values, title, chance=None, unit="%"):
 
 
 def table(rows, *names):
-    """A table of rows with these names of columns."""
-    lines = ["| " + " | ".join(names) + " |", "|" + "-|" * len(names)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    """A table of rows under these column names."""
+    lines = []
+    for row in (names, ["-"] * len(names), *rows):
+        lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
     display(Markdown("\n".join(lines)))
 
 
 # ------------------------------------------------------------------------------------ exercises
 def check(number, answer, truth, tolerance=0.01):
-    """Says whether the answer to an exercise is right; truth: a function, so that nothing is given
-    away to whoever prints it."""
+    """Says whether the answer to an exercise is right. `truth` is a function, so that the answer is
+    not given away to whoever prints it."""
     if answer is None:
         print(f"exercise {number}: no answer yet")
         return
@@ -195,8 +246,8 @@ def check(number, answer, truth, tolerance=0.01):
     if isinstance(expected, float):
         right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
     elif torch.is_tensor(expected):
-        right = torch.is_tensor(answer) and answer.shape == expected.shape and torch.allclose(
-            answer.float(), expected.float(), atol=tolerance)
+        right = torch.is_tensor(answer) and answer.shape == expected.shape
+        right = right and torch.allclose(answer.float(), expected.float(), atol=tolerance)
     else:
         right = answer == expected
     print(f"exercise {number}: {'right' if right else 'wrong, try again'}")
