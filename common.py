@@ -317,6 +317,7 @@ def decode(dataset, batches, workers):
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or starting workers would advance the training's own
     )
 
 
@@ -807,6 +808,6 @@ def health(z: torch.Tensor) -> dict[str, float]:
     z = F.normalize(z.float().cpu(), dim=1)
     values = torch.linalg.svdvals(z)
     values = values / values.sum()
-    std = z.std(0).mean() * z.shape[1] ** 0.5
     effective_rank = torch.special.entr(values).sum().exp()
+    std = z.std(0).mean() * z.shape[1] ** 0.5
     return {"std": std.item(), "effective_rank": effective_rank.item()}

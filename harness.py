@@ -214,6 +214,9 @@ class Run:
                 dist.all_reduce(self.total)
             self.loss = self.total.item() / self.steps / world_size()  # waits for the device
             self.seconds = time.time() - self.started
+            if not math.isfinite(self.loss):
+                epoch = len(self.log)
+                fail(f"the loss of epoch {epoch} is not finite; {self.out} keeps the one before it")
         elif rank() == 0 and sys.stdout.isatty() and time.time() > self.shown + 1:
             self.shown = time.time()  # reading the loss waits for the device: once per second
             print(f"\rstep {self.steps}/{len(self.views)}, loss {loss.item():.3f}", end="")
@@ -229,8 +232,6 @@ class Run:
     def after_epoch(self, metrics):
         """Records an epoch, prints its line and writes checkpoint.pt and log.jsonl."""
         epoch = len(self.log)
-        if not math.isfinite(self.loss):
-            fail(f"the loss of epoch {epoch} is not finite; {self.out} keeps the epoch before it")
         line = {"epoch": epoch, "loss": self.loss, **metrics, "seconds": self.seconds}
         self.log.append(line)
         if rank() > 0:

@@ -1,5 +1,6 @@
 """Augmentations against torchvision's functional operations, image by image; the views of a run."""
 
+import gc
 import hashlib
 import importlib
 import multiprocessing
@@ -256,6 +257,7 @@ def test_workers_live_as_long_as_the_views(files):
     assert living() - before == started
     assert same(second, steps_of(Views(*files, batch_size=8, seed=1), 2))
     del views
+    gc.collect()  # the loader and its views refer to each other
     assert not living() - before
 
 

@@ -273,7 +273,7 @@ def noise(*shape, seed):
 
 def compare(made, expected, what):
     assert made.shape == expected.shape, what
-    assert torch.allclose(made, expected, rtol=1e-8, atol=1e-10), what
+    assert torch.allclose(made, expected, rtol=1e-8, atol=1e-9), what
 
 
 def compare_state(made, expected):
