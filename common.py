@@ -91,10 +91,13 @@ def patterns(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.arange(32).view(1, 32)
     x = (x + 0.5) / 16 - 1
     y = x.T
-    angle = uniform(-math.pi / 9, math.pi / 9)
+    tilt = math.pi / 9
+    angle = uniform(-tilt, tilt)
+    cos = angle.cos()
+    sin = angle.sin()
     frequency = uniform(6, 11)
-    u = x * angle.cos() + y * angle.sin()
-    v = y * angle.cos() - x * angle.sin()
+    u = x * cos + y * sin
+    v = y * cos - x * sin
     phase = uniform(0, 2 * math.pi)
     s = frequency * u + phase
     t = frequency * v + uniform(0, 2 * math.pi)
@@ -102,9 +105,11 @@ def patterns(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     dy = v - uniform(-0.5, 0.5)
     radius = dx.hypot(dy)
     row = (t / math.pi).floor()
-    upright = (s / 2 + row * math.pi / 2).cos().abs() - 0.93
+    upright = (s / 2 + row * math.pi / 2).cos()
+    upright = upright.abs() - 0.93
     level = 0.35 - t.sin().abs()
-    spokes = (4 * torch.atan2(dy, dx) + phase).sin()
+    spokes = 4 * torch.atan2(dy, dx)
+    spokes = (spokes + phase).sin()
     fields = [  # in the order of PATTERNS; positive where the second colour goes
         s.sin(),
         s.sin() * t.sin() * 2,
@@ -118,19 +123,25 @@ def patterns(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         spokes * radius.clamp(max=0.5) * 2,
     ]
     labels = torch.arange(n) % len(PATTERNS)
-    field = torch.cat(fields, dim=1)[torch.arange(n), labels]
-    ink = torch.sigmoid(4 * field).unsqueeze(1)  # (n, 1, 32, 32)
+    fields = torch.cat(fields, dim=1)  # (n, 10, 32, 32)
+    field = fields[torch.arange(n), labels]
+    ink = torch.sigmoid(4 * field)
+    ink = ink.unsqueeze(1)  # (n, 1, 32, 32)
     dark = uniform(0.1, 0.4)
     light = uniform(0.6, 0.9)
     swap = uniform(0, 1) < 0.5
     # Only a little colour: with more, colour identifies the image and no method needs the pattern.
-    ground = torch.where(swap, light, dark) + uniform(-0.08, 0.08, 3)
-    colour = torch.where(swap, dark, light) + uniform(-0.08, 0.08, 3)
-    shade = 1 + uniform(-0.3, 0.3) * x + uniform(-0.3, 0.3) * y
-    noise = 0.04 * torch.randn(n, 3, 32, 32, generator=generator)
+    ground = torch.where(swap, light, dark)
+    ground = ground + uniform(-0.08, 0.08, 3)
+    colour = torch.where(swap, dark, light)
+    colour = colour + uniform(-0.08, 0.08, 3)
+    shade = 1 + uniform(-0.3, 0.3) * x
+    shade = shade + uniform(-0.3, 0.3) * y
+    noise = torch.randn(n, 3, 32, 32, generator=generator)
     images = ground + (colour - ground) * ink
-    images = (images * shade + noise).clamp(0, 1)
-    return (images * 255).round().byte(), labels
+    images = images * shade + 0.04 * noise
+    images = (images.clamp(0, 1) * 255).round()
+    return images.byte(), labels
 
 
 def load_images(name: str, root: str = "data", device: torch.device | str = "cpu") -> Data:
@@ -140,7 +151,9 @@ def load_images(name: str, root: str = "data", device: torch.device | str = "cpu
     images is not. Exits with one line if the folder or data set cannot be used."""
     if name == "patterns":
         images, labels = patterns(5000)
-        sets = {"train": (images[:4000], labels[:4000]), "test": (images[4000:], labels[4000:])}
+        train = (images[:4000], labels[:4000])
+        test = (images[4000:], labels[4000:])
+        sets = {"train": train, "test": test}
         classes = PATTERNS
     elif name in TORCHVISION:
         sets, classes = load_torchvision(name, root)
@@ -204,8 +217,11 @@ def load_folder(folder):
         paths = sum((part[0] for part in sets.values()), [])
         images = stack(paths)
         if images is not None:
+            start = 0
             for part in sets.values():
-                part[0], images = images.split([len(part[0]), len(images) - len(part[0])])
+                end = start + len(part[0])
+                part[0] = images[start:end]
+                start = end
     return sets, classes
 
 
@@ -373,8 +389,10 @@ class Augment:
         area = height * width * fraction
         exponent = torch.empty(n, 10).uniform_(-1, 1, generator=generator)
         aspect = (4 / 3) ** exponent
-        tall = (area / aspect).sqrt().round()
-        wide = (area * aspect).sqrt().round()
+        tall = (area / aspect).sqrt()
+        tall = tall.round()
+        wide = (area * aspect).sqrt()
+        wide = wide.round()
         fits = (tall >= 1) & (tall <= height) & (wide >= 1) & (wide <= width)
         first = fits.int().argmax(1, keepdim=True)
         drawn = torch.cat([tall.gather(1, first), wide.gather(1, first)], dim=1)  # (n, 2)
@@ -390,11 +408,13 @@ class Augment:
     def draw(self, n, generator):
         """The other parameters, n rows each; 1, 0 or False leaves the image unchanged."""
         jittered = torch.rand(n, 1, generator=generator) < self.jitter_p
-        change = 2 * torch.rand(n, 4, generator=generator) - 1
-        change = change * torch.tensor(self.jitter) * jittered
+        change = torch.rand(n, 4, generator=generator)
+        change = (2 * change - 1) * torch.tensor(self.jitter)
+        change = change * jittered
         probability = torch.tensor([self.flip, self.grayscale, self.blur, self.solarize])
         happens = torch.rand(n, 4, generator=generator) < probability
-        order = torch.rand(n, 3, generator=generator).argsort(1)
+        order = torch.rand(n, 3, generator=generator)
+        order = order.argsort(1)
         hue_slot = torch.randint(4, (n,), generator=generator)
         sigma = torch.empty(n).uniform_(0.1, 2.0, generator=generator)
         return {
@@ -457,7 +477,8 @@ def crop(x, boxes, flip, size, bicubic=False):
     x = x.reshape(n, channels * height, width)
     x = torch.bmm(x, columns.transpose(1, 2))
     x = x.view(n, channels, height, size)
-    x = torch.stack([torch.bmm(rows, channel) for channel in x.unbind(1)], dim=1)
+    x = [torch.bmm(rows, channel) for channel in x.unbind(1)]
+    x = torch.stack(x, dim=1)
     return x.clamp_(0, 1) if bicubic else x
 
 
@@ -544,13 +565,15 @@ def gaussian_blur(x, sigma):
     """x (B, 3, S, S), sigma (B,) in pixels; the kernel is a tenth of S wide."""
     n, channels, size, _ = x.shape
     width = size // 10 | 1  # odd
-    offset = torch.arange(width, device=x.device) - width // 2
+    half = width // 2
+    offset = torch.arange(width, device=x.device) - half
     distance = offset / sigma.view(-1, 1)
     kernel = torch.softmax(-0.5 * distance**2, dim=1)
     kernel = kernel.repeat_interleave(channels, 0)
     kernel = kernel.view(n * channels, 1, 1, width)
-    x = F.pad(x, [width // 2] * 4, mode="reflect")
-    x = x.flatten(0, 1).unsqueeze(0)  # every channel of every image is convolved on its own
+    x = F.pad(x, [half, half, half, half], mode="reflect")
+    x = x.flatten(0, 1)
+    x = x.unsqueeze(0)  # every channel of every image is convolved on its own
     x = F.conv2d(x, kernel, groups=len(kernel))
     x = F.conv2d(x, kernel.mT, groups=len(kernel))
     return x.view(n, channels, size, size)
@@ -750,8 +773,9 @@ def linear_probe(h, labels, h_test, labels_test, classes):
     """Test accuracy of a linear classifier on h (N, D): its weight decay is the one that does best
     on a held-out fifth of the training images, on all of which it is then fitted."""
     std, mean = torch.std_mean(h, dim=0)
-    h = (h - mean) / (std + 1e-6)
-    h_test = (h_test - mean) / (std + 1e-6)
+    std = std + 1e-6
+    h = (h - mean) / std
+    h_test = (h_test - mean) / std
     fit, choose = held_out(len(h), len(h) // 5)
     best = 0.0
     best_decay = DECAYS[0]
@@ -784,17 +808,19 @@ def fit_linear(h, labels, classes, decay):
 
 def held_out(n: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
     """n rows as (those to fit, `chosen` rows to choose on), the same split every time."""
-    order = torch.randperm(n, generator=make_generator("held out"))
+    generator = make_generator("held out")
+    order = torch.randperm(n, generator=generator)
     return order[chosen:], order[:chosen]
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """{"top1": percent} of scores (N, classes), and "top5" if there are more than ten classes."""
-    guesses = scores.topk(min(5, scores.shape[1])).indices
+    classes = scores.shape[1]
+    guesses = scores.topk(min(5, classes)).indices
     hits = guesses == labels.unsqueeze(1)
     first = hits[:, 0].sum().item()
     found = {"top1": 100 * first / len(labels)}
-    if scores.shape[1] > 10:
+    if classes > 10:
         any_of_five = hits.any(1).sum().item()
         found["top5"] = 100 * any_of_five / len(labels)
     return found
@@ -808,6 +834,6 @@ def health(z: torch.Tensor) -> dict[str, float]:
     z = F.normalize(z.float().cpu(), dim=1)
     values = torch.linalg.svdvals(z)
     values = values / values.sum()
-    effective_rank = torch.special.entr(values).sum().exp()
+    entropy = torch.special.entr(values).sum()
     std = z.std(0).mean() * z.shape[1] ** 0.5
-    return {"std": std.item(), "effective_rank": effective_rank.item()}
+    return {"std": std.item(), "effective_rank": entropy.exp().item()}
