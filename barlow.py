@@ -18,7 +18,6 @@ Measured: 88.7 % linear top-1 on patterns (random weights 32.8 %), mean of 3 see
 
 import math
 import os
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -116,6 +115,21 @@ def build_backbone(args):
     return resnet(args.arch, args.size, zero_init_residual=True)  # as in the official code
 
 
+def build_optimizer(args, model):
+    """Two groups: weights, and biases with normalisation, which are not decayed."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": weights, "weight_decay": args.weight_decay}]
+    groups.append({"params": biases, "weight_decay": 0.0})
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9)
+    if args.optimizer == "lars":
+        return LARS(groups)
+    fail(f"--optimizer {args.optimizer}: not one of adamw, sgd, lars")
+
+
 def learning_rate(args, epoch, lr=None):
     """Linear warm-up, then a half cosine down to a thousandth (section 2.2); epoch grows with every
     step. lr: per 256 images, of the weights if not given."""
@@ -124,22 +138,6 @@ def learning_rate(args, epoch, lr=None):
         return peak * epoch / args.warmup_epochs
     progress = (epoch - args.warmup_epochs) / (args.epochs - args.warmup_epochs)
     return peak * (0.001 + 0.999 * (1 + math.cos(math.pi * progress)) / 2)
-
-
-def build_optimizer(args, model):
-    """Two groups: weights, and biases with normalisation, which are not decayed."""
-    kinds = {
-        "adamw": torch.optim.AdamW,
-        "sgd": partial(torch.optim.SGD, momentum=0.9),
-        "lars": LARS,
-    }
-    if args.optimizer not in kinds:
-        fail(f"--optimizer {args.optimizer}: not one of {', '.join(kinds)}")
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": weights, "weight_decay": args.weight_decay}]
-    groups.append({"params": biases, "weight_decay": 0.0})
-    return kinds[args.optimizer](groups, lr=0.0)
 
 
 # ------------------------------------------------------------------------------------ training

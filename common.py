@@ -752,7 +752,8 @@ def linear_eval(
 def knn(h, labels, h_test, labels_test, classes, k=200, temperature=0.1):
     """Top-1 in percent of the weighted kNN classifier (Wu et al., 2018, section 3.4): the k nearest
     training images by cosine vote for their class with weight exp(cosine / temperature)."""
-    norms = h.norm(dim=1).clamp(min=1e-12)  # (N,); a normalised copy of h would double the memory
+    norms = h.norm(dim=1)  # (N,); a normalised copy of h would double the memory
+    norms = norms.clamp(min=1e-12)
     mine = torch.arange(rank(), len(h_test), world_size(), device=h.device)
     correct = torch.zeros((), device=h.device)
     for rows in mine.split(500):

@@ -14,7 +14,7 @@ The paper's f_q, f_k are encoder_q, encoder_k; its dense projection head is dens
 features F are h, the r and t of the dense loss are dense_q and dense_k, lambda is dense_weight.
 Shapes: B images per process, W processes, D features, C embedding dimensions, K keys in a queue, S
 cells of the feature map.
-Measured: 92.5 % linear top-1 on patterns (random weights 53.1 %), mean of 3 seeds.
+Measured: 91.0 % linear top-1 on patterns (random weights 53.1 %), mean of 3 seeds.
 """
 
 import copy
@@ -193,16 +193,15 @@ class GroupedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or self.groups == 1:
             return super().forward(x)
-        means = self.running_mean.repeat(self.groups, 1)  # a copy for each group
-        variances = self.running_var.repeat(self.groups, 1)
         parts = []
-        for part, mean, var in zip(x.chunk(self.groups), means, variances):
-            part = F.batch_norm(
-                part, mean, var, self.weight, self.bias, True, self.momentum, self.eps
-            )
+        for i, part in enumerate(x.chunk(self.groups)):
+            # All groups weigh the same, as if the running statistics moved once, by their average.
+            left = self.groups - 1 - i
+            momentum = self.momentum / (self.groups - left * self.momentum)
+            mean = self.running_mean
+            var = self.running_var
+            part = F.batch_norm(part, mean, var, self.weight, self.bias, True, momentum, self.eps)
             parts.append(part)
-        self.running_mean.copy_(means.mean(dim=0))  # one update, averaged over the groups
-        self.running_var.copy_(variances.mean(dim=0))
         return torch.cat(parts)
 
 

@@ -28,8 +28,9 @@ COMMAND = "PYTHONPATH=$PWD:$PWD/tests jupyter notebook notebooks"
 try:
     import common
     import harness
+    from results.methods import model_class
 except ModuleNotFoundError as error:
-    if error.name not in ("common", "harness"):
+    if error.name not in ("common", "harness", "results"):
         raise
     raise SystemExit(
         f"the scripts are not found; in the repository's root, run: {COMMAND}"
@@ -96,14 +97,6 @@ def settings(script, **flags):
     return script.parse_args(words)
 
 
-def build_model(script, args):
-    """The method's model: the script's only module that has a chance_loss."""
-    for value in vars(script).values():
-        if isinstance(value, type) and issubclass(value, torch.nn.Module):
-            if "chance_loss" in value.__init__.__code__.co_names:
-                return value(args)
-
-
 def train(script, replaced=None, probe=False, of=None, **flags):
     """Runs a script's own `main` on the patterns with these flags.
 
@@ -111,6 +104,8 @@ def train(script, replaced=None, probe=False, of=None, **flags):
     how parts are removed. Without `probe` there is no linear classifier and no report, which saves
     time. With `of`, these are the first epochs of a run of that many epochs, with its schedules."""
     replaced = dict(replaced or {})
+    unknown = replaced.keys() - vars(script).keys()
+    assert not unknown, f"{script.__name__} has no {', '.join(unknown)}"
     if of:
         for name in ("learning_rate", "ema_momentum"):  # the schedules; not every script has both
             function = replaced.get(name, vars(script).get(name))
@@ -131,7 +126,7 @@ def train(script, replaced=None, probe=False, of=None, **flags):
             script.main(args)
         checkpoint = harness.load_checkpoint(Path(out, "checkpoint.pt"))
         lines = Path(out, "log.jsonl").read_text().splitlines()
-        model = build_model(script, args)
+        model = model_class(script)(args)
     model.load_state_dict(checkpoint["model"])
     log = [json.loads(line) for line in lines]
     return Run(args, log, model, said.getvalue(), time.time() - start)
@@ -175,7 +170,7 @@ def untrained(script, **flags):
     """The model as it is before the first step of a run with these flags."""
     args = settings(script, **flags)
     torch.manual_seed(args.seed)
-    return build_model(script, args)
+    return model_class(script)(args)
 
 
 @torch.no_grad()
@@ -208,7 +203,7 @@ def curves(runs, chance=True):
     a.set(title="loss; dotted: chance level" if chance else "loss", xlabel="epoch")
     b.set(title="kNN top-1 (%); epoch 0: random weights", xlabel="epoch", ylim=(0, 100))
     b.axhline(10, color="gray", linestyle=":")
-    c.set(title="std of z: 1 is healthy, 0 has collapsed", xlabel="epoch", ylim=(0, 1.1))
+    c.set(title="std of z: 1 is healthy, 0 collapsed", xlabel="epoch", ylim=(0, 1.1))
     for axis in (a, b, c):
         axis.xaxis.get_major_locator().set_params(integer=True)
     a.legend()

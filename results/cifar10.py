@@ -1,92 +1,117 @@
-"""Trains methods on CIFAR-10 in turn and writes down what each reached and what it cost.
+"""Trains methods on CIFAR-10 in turn and records what each reached and what it cost.
 
-    python results/cifar10.py                                  # all nine with seed 0
-    python results/cifar10.py simclr byol --seeds 0 1 2 --data cifar10-jpeg --epochs 500 --compile
-    python results/tables.py                                   # puts the table into README.md
+    python -m results.cifar10                                  # all of them, with seed 0
+    python -m results.cifar10 simclr byol --seeds 0 1 2 --data cifar10-jpeg --epochs=500 --compile
+    python -m results.tables                                   # makes the table
 
-Flags it does not know go to the scripts. Each run adds a line to results/cifar10.jsonl:
+Unknown flags go to the scripts; write them --name=value. Each run adds a line to
+results/cifar10.jsonl:
 
 settings               every flag of the run
-knn200_top1, knn10_top1, linear_top1    in percent, of the last epoch and a single view; the kNN by
+knn200_top1, knn10_top1, linear_top1    in percent, of the last epoch and a single view; kNN by
                        cosine with temperature .1, as everywhere here
-minutes, images_per_second              of training alone: without start and evaluation
-tflops, share          the operations of forward and backward that its networks need, a second, in
-                       10^12, and their share of what the card can do in bf16 (null if not known)
-memory_gib             largest use of the card (null on a CPU)
+minutes, images_per_second              of training alone, without start and evaluation
+tflops, share          operations per second that forward and backward passes of its networks need,
+                       in 10^12, and their share of the card's bf16 peak (null if not known)
+memory_gib             peak use of the card's memory (null on a CPU)
 
-A run that was interrupted goes on; one that has its line already is left out."""
+An interrupted run continues; one that has its line already is skipped."""
 
 import argparse
+import copy
 import importlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from argparse import Namespace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import common
+import evaluate
+import harness
+from results.methods import ROOT, choose, model_class, views_of
 
-ROOT = Path(__file__).resolve().parent.parent
-METHODS = "simclr moco_v1 moco_v2 densecl byol simsiam moco_v3 barlow swav".split()
-BF16 = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A6000": 155, "4090": 165, "L4": 121,
-        "A10": 125}  # 10^12 operations a second, dense, from the makers' data sheets
-
-
-def views_of(args, n, device="cpu"):
-    """n images in as many views, of the sizes, that these settings give a method."""
-    known = vars(args)
-    sides = [args.size] * 2 + [known.get("small_size")] * known.get("small_crops", 0)
-    return [torch.randn(n, 3, side, side, device=device).contiguous(
-        memory_format=torch.channels_last) for side in sides]
+BF16 = {  # 10^12 operations per second, dense, from the makers' data sheets
+    "H200": 989,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "A6000": 155,
+    "4090": 165,
+    "L4": 121,
+    "A10": 125,
+}
+SHOWN = ("knn200_top1", "knn10_top1", "linear_top1", "minutes", "images_per_second", "tflops")
 
 
 def tera_operations(script, args, n=16):
-    """10^12 operations of one image's forward and backward, a multiplication and an addition being
-    two; counted on a batch of n, so that a loss over pairs of images counts for next to nothing."""
-    args = replace(args, batch_size=n)
-    model = script.build_model(args, 10**9, torch.device("cpu"))
+    """10^12 operations of the forward and backward passes of one image; a multiplication and an
+    addition are two. Counted on a batch of n, so that a loss over pairs of images hardly counts."""
+    args = copy.copy(args)
+    args.batch_size = n
+    model = model_class(script)(args)
     with FlopCounterMode(display=False) as counter:
-        model(*views_of(args, n)).backward()
+        loss, _ = model(*views_of(args, n))
+        loss.backward()
     return counter.get_total_flops() / n / 1e12
 
 
 def bf16_peak(device):
-    """10^12 operations a second of a card of this name, or None."""
-    return next((peak for name, peak in BF16.items() if name in device), None)
+    """10^12 operations per second of a card with this name; None if not known."""
+    for name, peak in BF16.items():
+        if name in device:
+            return peak
+    return None
 
 
-def measure(method, data, out):
-    """The line of a finished run in the folder `out`."""
-    script, result = importlib.import_module(method), json.loads((out / "result.json").read_text())
-    settings = common.load_checkpoint(out / "checkpoint.pt")["args"]
+def measure(out):
+    """The line of the finished run in the folder `out`."""
+    result = json.loads((out / "result.json").read_text())
+    settings = harness.load_checkpoint(out / "checkpoint.pt")["args"]
+    script = importlib.import_module(result["method"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone, augment, _ = common.load_backbone(out / "checkpoint.pt")
-    images = common.load(data, settings["root"], device)
-    h, h_test = (common.features(backbone.to(device), part[0], augment, device)
-                 for part in (images.train, images.test))
+    backbone, view, _ = evaluate.load_backbone(out / "checkpoint.pt")
+    data = common.load_images(settings["data"], settings["root"], device)
+    metrics = common.linear_eval(
+        backbone.to(device), data, view, device, settings["workers"], classifier=False, k=10
+    )
     speed = result["images_per_second"]
-    tera, peak = tera_operations(script, script.Args(**settings)), bf16_peak(result["device"])
-    return {
-        "method": method, "data": result["data"], "arch": result["arch"], "seed": result["seed"],
-        "epochs": result["epochs"], "batch_size": result["batch_size"],
+    tflops = tera_operations(script, Namespace(**settings)) * speed
+    peak = bf16_peak(result["device"])
+    names = ("method", "data", "arch", "seed", "epochs", "batch_size")
+    return {name: result[name] for name in names} | {
         "knn200_top1": result["knn_top1"],
-        "knn10_top1": common.knn(
-            h, images.train[1], h_test, images.test[1], len(images.classes), k=10),
-        "linear_top1": result["linear_top1"], "random_linear_top1": result["random_linear_top1"],
-        "minutes": result["seconds"] / 60, "images_per_second": speed, "tflops": tera * speed,
-        "share": tera * speed / peak if peak else None, "memory_gib": result["memory_gib"],
-        "device": result["device"], "torch": result["torch"], "settings": settings,
+        "knn10_top1": metrics["knn_top1"],
+        "linear_top1": result["linear_top1"],
+        "random_linear_top1": result["random_linear_top1"],
+        "minutes": result["seconds"] / 60,
+        "images_per_second": speed,
+        "tflops": tflops,
+        "share": tflops / peak if peak else None,
+        "memory_gib": result["memory_gib"],
+        "device": result["device"],
+        "torch": result["torch"],
+        "settings": settings,
     }
 
 
+def train(method, seed, data, out, flags):
+    command = [sys.executable, ROOT / f"{method}.py", "--recipe", "cifar10", "--data", data]
+    command += ["--seed", str(seed), "--out", out, *flags]
+    status = subprocess.run(command).returncode
+    if status != 0:
+        raise SystemExit(status)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.error = common.fail
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -94,26 +119,22 @@ def main(argv=None):
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="folder for runs")
     parser.add_argument("--lines", type=Path, default=ROOT / "results" / "cifar10.jsonl")
     known, flags = parser.parse_known_args(argv)
-    for method in known.methods:
-        if method not in METHODS:
-            common.fail(f"{method}: not one of {', '.join(METHODS)}")
+    methods = choose(known.methods)
     for seed in known.seeds:
-        for method in known.methods or METHODS:
-            out = (known.runs / "-".join([method, str(seed), *flags]).replace("/", "_")).resolve()
-            old = known.lines.read_text().splitlines() if known.lines.exists() else []
-            if any(json.loads(line)["settings"]["out"] == str(out) for line in old):
-                print(f"{out.name}: has its line already")
+        for method in methods:
+            parts = [method, Path(known.data).name, str(seed), *flags]
+            name = "-".join(parts).replace("/", "_")
+            out = (known.runs / name).resolve()
+            lines = known.lines.read_text().splitlines() if known.lines.exists() else []
+            if any(json.loads(line)["settings"]["out"] == str(out) for line in lines):
+                print(f"{name}: has its line already")
                 continue
             if not (out / "result.json").exists():
-                command = [sys.executable, ROOT / f"{method}.py", "--recipe", "cifar10", "--data",
-                           known.data, "--seed", str(seed), "--out", out, *flags]
-                if status := subprocess.run(command).returncode:
-                    raise SystemExit(status)
-            line = measure(method, known.data, out)
-            common.save(known.lines, "".join(f"{x}\n" for x in [*old, json.dumps(line)]))
-            print(f"{out.name}: " + ", ".join(
-                f"{key} {line[key]:.4g}" for key in ("knn200_top1", "knn10_top1", "linear_top1",
-                                                     "minutes", "images_per_second", "tflops")))
+                train(method, seed, known.data, out, flags)
+            line = measure(out)
+            lines.append(json.dumps(line))
+            harness.save(known.lines, "\n".join(lines) + "\n")
+            print(f"{name}: " + ", ".join(f"{key} {line[key]:.4g}" for key in SHOWN))
 
 
 if __name__ == "__main__":

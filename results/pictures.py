@@ -82,7 +82,7 @@ def arrow(axis, start, end, colour, width=1.2):
 
 
 # --------------------------------------------------------------------------- nearest neighbours
-def draw_neighbours(folder, path, queries=10, neighbours=6):
+def draw_neighbours(folder, path, queries=10, neighbours=5):
     """Test images and their nearest neighbours by random weights and by the trained backbone."""
     checkpoint = harness.load_checkpoint(Path(folder, "checkpoint.pt"))
     args = Namespace(**checkpoint["args"])
@@ -91,9 +91,9 @@ def draw_neighbours(folder, path, queries=10, neighbours=6):
     images, labels = common.load_images("patterns").test
     torch.manual_seed(args.seed)
     backbone = script.build_backbone(args)
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, kind in zip(axes, ("random weights", f"after {args.method}.py, without labels")):
+    for axis, kind in zip(axes, ("random weights", f"{args.method}, no labels")):
         if kind != "random weights":
             weights = torch.load(Path(folder, "backbone.pt"), weights_only=True)
             backbone.load_state_dict(weights)
@@ -101,9 +101,9 @@ def draw_neighbours(folder, path, queries=10, neighbours=6):
         nearest = (h @ h.T).topk(neighbours + 1).indices  # (N, 1 + neighbours), first: the image
         right = labels[nearest[:, 1:]] == labels.unsqueeze(1)
         share = 100 * right.float().mean().item()
-        title = f"{kind}: {share:.0f} % of the neighbours are of the same kind"
+        title = f"{kind}: {share:.0f} % are of the same kind"
         show_grid(axis, images, labels, nearest[:queries], title)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100)
 
 
 def show_grid(axis, images, labels, nearest, title):

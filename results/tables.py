@@ -1,175 +1,206 @@
-"""Makes what is derived: the tables of README.md from results/*.json, results/diffs/*.diff, and
-results/compare.png, the README's picture, which is a cell's output in notebooks/compare.ipynb.
+"""Makes what is derived from other files: the tables in README.md and results/README.md, and
+results/diffs/.
 
-python results/tables.py            # writes them
-python results/tables.py --check    # exit code 1 if one is stale (a test runs this)
+    python -m results.tables            # writes what is stale
+    python -m results.tables --check    # exit code 1 and a line for each stale file
 """
 
-import base64
+import argparse
 import difflib
 import json
 import re
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
+from common import fail
+from results.methods import METHODS, ROOT, parent
 
-
-def parent_of(script):
-    """The script beside which this one's docstring asks to be read, or None."""
-    found = re.search(
-        r"^Read it (?:beside|as a diff of) (\w+)\.py",
-        (ROOT / f"{script}.py").read_text(),
-        re.MULTILINE,
-    )
-    return found and found.group(1)
+LONGEST_DIFF = 250  # lines from which on nobody would read a diff
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def diffs():
-    """{path: text} of each script's diff to its parent."""
+    """{path: text} of the diffs between scripts and their parents, without the long ones."""
     made = {}
-    for script in SCRIPTS:
-        if parent := parent_of(script):
-            old, new = (
-                (ROOT / f"{name}.py").read_text().splitlines(keepends=True)
-                for name in (parent, script)
-            )
-            text = "".join(difflib.unified_diff(old, new, f"{parent}.py", f"{script}.py", n=1))
-            made[ROOT / "results" / "diffs" / f"{parent}--{script}.diff"] = text
+    for child in METHODS:
+        old = parent(child)
+        if old is None:
+            continue
+        names = [f"{old}.py", f"{child}.py"]
+        texts = [(ROOT / name).read_text().splitlines(keepends=True) for name in names]
+        lines = list(difflib.unified_diff(*texts, *names, n=1))
+        if len(lines) < LONGEST_DIFF:
+            made[ROOT / "results" / "diffs" / f"{old}--{child}.diff"] = "".join(lines)
     return made
 
 
-def picture():
-    """The picture in the output of the notebook's cell that says so, as PNG."""
-    cells = json.loads((ROOT / "notebooks" / "compare.ipynb").read_text())["cells"]
-    cell = next(c for c in cells if "# The README's picture" in "".join(c["source"]))
-    return base64.b64decode("".join(cell["outputs"][0]["data"]["image/png"]))
+# -------------------------------------------------------------------------------------- tables
+def read(name):
+    """The runs recorded in results/<name>.json, or, one per line, in results/<name>.jsonl."""
+    path = ROOT / "results" / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    path = path.with_suffix(".jsonl")
+    if not path.exists():
+        fail(f"there is a place for a table, but no file results/{name}.json or .jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def spread(runs, key):
-    values = [run[key] for run in runs]
+def grouped(runs, *keys):
+    """The runs, in lists of those that agree in these keys."""
+    groups = {}
+    for run in runs:
+        values = tuple(run[key] for key in keys)
+        groups.setdefault(values, []).append(run)
+    return groups.values()
+
+
+def spread(runs, key, scale=1):
+    """Mean ± standard deviation; of a single run, its value."""
+    values = [scale * run[key] for run in runs]
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def table(name):
-    """The rows of results/<name>.json, a line for each setting, as a Markdown table."""
-    runs = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    groups = {}
-    for run in runs:
-        groups.setdefault((run["method"], run["arch"], run["epochs"]), []).append(run)
-    lines = [
-        "| method | backbone | epochs | seeds | linear top-1 (%) | kNN top-1 (%) "
-        "| both, random weights | training (s) |",
-        "|-|-|-|-|-|-|-|-|",
-    ]
-    for (method, arch, epochs), group in groups.items():
-        columns = [
-            f"[{method}]({method}.py)", arch, str(epochs), str(len(group)),
-            spread(group, "linear_top1"),
-            f"{spread(group, 'knn_top1')} (k={group[0]['knn_k']})",
-            f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}",
-            spread(group, "seconds"),
-        ]
-        lines.append(f"| {' | '.join(columns)} |")
-    devices = sorted({f"{run['device']}, torch {run['torch']}" for run in runs})
-    return "\n".join([*lines, "", f"Device: {'; '.join(devices)}."])
+def link(run, root):
+    return f"[{run['method']}]({root}{run['method']}.py)"
 
 
-def matches(name):
-    """The rows of results/<name>.json, of results/matches.py, a line for each data set."""
-    groups = {}
-    for run in json.loads((ROOT / "results" / f"{name}.json").read_text()):
-        groups.setdefault((run["data"], run["arch"], run["epoch"]), []).append(run)
-    lines = [
-        "| images | backbone | epochs | seeds | trained (%) | random weights (%) | a guess (%) |",
-        "|-|-|-|-|-|-|-|",
-    ]
-    for (data, arch, epoch), group in groups.items():
-        columns = [data, arch, str(epoch), str(len(group)), spread(group, "trained"),
-                   spread(group, "random"), f"{group[0]['guess']:.1f}"]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines)
+def markdown(columns, rows):
+    lines = [columns, ["-"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
-def cifar10(name):
-    """The lines of results/<name>.jsonl, of results/cifar10.py, a line for each setting."""
-    path, groups = ROOT / "results" / f"{name}.jsonl", {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        run = json.loads(line)
-        key = [run[key] for key in ("method", "data", "arch", "epochs", "batch_size", "device")]
-        groups.setdefault((*key, run["torch"]), []).append(run)
-    lines = [
-        "| method | images | backbone | epochs | batch | seeds | kNN k=200 (%) | kNN k=10 (%) "
-        "| linear top-1 (%) | training (min) | images/s | TFLOP/s (of bf16) | memory (GiB) "
-        "| device |",
-        "|-|-|-|-|-|-|-|-|-|-|-|-|-|-|",
-    ]
-    for (method, data, arch, epochs, batch, device, torch), group in groups.items():
-        share, memory = group[0]["share"], group[0]["memory_gib"]
-        columns = [
-            f"[{method}]({method}.py)", data, arch, str(epochs), str(batch), str(len(group)),
-            spread(group, "knn200_top1"), spread(group, "knn10_top1"),
-            spread(group, "linear_top1"), spread(group, "minutes"),
-            spread(group, "images_per_second"),
-            spread(group, "tflops") + (f" ({share:.0%})" if share else ""),
-            spread(group, "memory_gib") if memory else "", f"{device}, torch {torch}"]
-        lines.append(f"| {' | '.join(columns)} |")
-    return "\n".join(lines) if groups else "No run yet: no GPU was at hand."
+def devices(runs):
+    return "; ".join(sorted({f"{run['device']}, torch {run['torch']}" for run in runs}))
 
 
-def steps(name):
-    """The rows of results/<name>.json, of results/steps.py: milliseconds of each part."""
-    runs = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    parts = list(runs[0]["milliseconds"])
-    lines = [f"| method | {' | '.join(parts)} | images/s | TFLOP/s |",
-             "|-|" + "-|" * (len(parts) + 2)]
-    for run in runs:
-        shown = [f"{value:.0f}" for value in run["milliseconds"].values()]
-        shown += [f"{run['images_per_second']:.0f}", f"{run['tflops']:.2f}"]
-        lines.append(f"| [{run['method']}]({run['method']}.py) | {' | '.join(shown)} |")
+def accuracies(runs, root):
+    columns = ["method", "backbone", "epochs", "seeds", "linear top-1 (%)", "kNN top-1 (%)"]
+    columns += ["both, random weights", "training (s)"]
+    rows = []
+    for group in grouped(runs, "method", "arch", "epochs"):
+        first = group[0]
+        row = [link(first, root), first["arch"], first["epochs"], len(group)]
+        row.append(spread(group, "linear_top1"))
+        row.append(f"{spread(group, 'knn_top1')} (k={first['knn_k']})")
+        row.append(f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}")
+        row.append(spread(group, "seconds"))
+        rows.append(row)
+    return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
+def accuracies_short(runs, root):
+    columns = ["method", "linear top-1 (%)", "kNN top-1 (%)", "random weights, linear (%)"]
+    columns.append("training, one CPU thread (min)")
+    rows = []
+    for group in grouped(runs, "method", "arch", "epochs"):
+        row = [link(group[0], root)]
+        for key in ("linear_top1", "knn_top1", "random_linear_top1"):
+            row.append(spread(group, key))
+        row.append(spread(group, "seconds", scale=1 / 60))
+        rows.append(row)
+    return markdown(columns, rows)
+
+
+def one_gpu(runs, root):
+    """Of the lines that results/cifar10.py records."""
+    columns = ["method", "images", "backbone", "epochs", "batch", "seeds", "kNN k=200 (%)"]
+    columns += ["kNN k=10 (%)", "linear top-1 (%)", "training (min)", "images/s"]
+    columns += ["TFLOP/s (of bf16)", "memory (GiB)", "device"]
+    same = ("method", "data", "arch", "epochs", "batch_size", "device", "torch")
+    rows = []
+    for group in grouped(runs, *same):
+        first = group[0]
+        row = [link(first, root), first["data"], first["arch"], first["epochs"]]
+        row += [first["batch_size"], len(group)]
+        for key in ("knn200_top1", "knn10_top1", "linear_top1", "minutes", "images_per_second"):
+            row.append(spread(group, key))
+        share = f" ({first['share']:.0%})" if first["share"] else ""
+        row.append(spread(group, "tflops") + share)
+        row.append(spread(group, "memory_gib") if first["memory_gib"] else "")
+        row.append(devices(group))
+        rows.append(row)
+    return markdown(columns, rows)
+
+
+def parts_of_a_step(runs, root):
+    """Of what results/steps.py records."""
     first = runs[0]
-    return "\n".join([*lines, "", f"Milliseconds; {first['arch']}, {first['batch_size']} images of "
-                      f"32 pixels a step; device: {first['device']}, torch {first['torch']}."])
-
-
-KINDS = {"cifar10": cifar10, "steps": steps, "densecl_matches": matches}
-
-
-def readme():
-    """README.md with what stands between `<!-- table NAME -->` and `<!-- end -->` made anew."""
-    return re.sub(
-        r"(<!-- table (\w+) -->\n).*?(<!-- end -->)",
-        lambda found: "{}{}\n{}".format(
-            found.group(1),
-            KINDS.get(found.group(2), table)(found.group(2)),
-            found.group(3),
-        ),
-        (ROOT / "README.md").read_text(),
-        flags=re.DOTALL,
+    columns = ["method", *first["milliseconds"], "images/s", "TFLOP/s"]
+    rows = []
+    for run in runs:
+        row = [link(run, root)]
+        row += [f"{value:.0f}" for value in run["milliseconds"].values()]
+        row += [f"{run['images_per_second']:.0f}", f"{run['tflops']:.2f}"]
+        rows.append(row)
+    return (
+        f"{markdown(columns, rows)}\n\nMilliseconds; {first['arch']}, {first['batch_size']} images "
+        f"of 32 pixels per step. Device: {devices(runs)}."
     )
 
 
-def main():
-    made = diffs() | {ROOT / "README.md": readme()}
+def matches(runs, _):
+    """Of what results/matches.py records."""
+    columns = ["images", "backbone", "epochs", "seeds", "trained (%)", "random weights (%)"]
+    columns.append("a guess (%)")
+    rows = []
+    for group in grouped(runs, "data", "arch", "epoch"):
+        first = group[0]
+        row = [first["data"], first["arch"], first["epoch"], len(group)]
+        row += [spread(group, "trained"), spread(group, "random"), f"{first['guess']:.1f}"]
+        rows.append(row)
+    return markdown(columns, rows)
+
+
+TABLES = {  # name: the file with the runs, and what makes the table of them
+    "patterns": ("patterns", accuracies),
+    "patterns_short": ("patterns", accuracies_short),
+    "cifar10_jpeg": ("cifar10_jpeg", accuracies),
+    "cifar10": ("cifar10", one_gpu),
+    "steps": ("steps", parts_of_a_step),
+    "densecl_matches": ("densecl_matches", matches),
+}
+
+
+def fill(text, root):
+    """The text, with what stands between `<!-- table NAME -->` and `<!-- end -->` made anew; root:
+    where the scripts are, as seen from the file."""
+
+    def made(place):
+        start, name, end = place.groups()
+        if name not in TABLES:
+            fail(f"<!-- table {name} -->: not one of {', '.join(TABLES)}")
+        file, make = TABLES[name]
+        return f"{start}{make(read(file), root)}\n{end}"
+
+    return MARKED.sub(made, text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = fail
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    made = diffs()
+    for path, root in ((ROOT / "README.md", ""), (ROOT / "results" / "README.md", "../")):
+        made[path] = fill(path.read_text(), root)
+    obsolete = set((ROOT / "results" / "diffs").glob("*.diff")) - made.keys()
     stale = [path for path, text in made.items() if not path.exists() or path.read_text() != text]
-    drawn = ROOT / "results" / "compare.png"
-    if not drawn.exists() or drawn.read_bytes() != picture():
-        stale.append(drawn)
-    stale += [path for path in (ROOT / "results" / "diffs").glob("*.diff") if path not in made]
-    if "--check" in sys.argv[1:]:
-        for path in stale:
-            print(f"stale: {path.relative_to(ROOT)}; run python results/tables.py")
-        raise SystemExit(bool(stale))
+    stale += sorted(obsolete)
     for path in stale:
-        if path == drawn:
-            path.write_bytes(picture())
+        name = path.relative_to(ROOT)
+        if check:
+            print(f"stale: {name}; run python -m results.tables")
+        elif path in obsolete:
+            path.unlink()
+            print(f"removed {name}")
         else:
-            path.unlink() if path not in made else path.write_text(made[path])
-        print(f"made {path.relative_to(ROOT)}")
+            path.write_text(made[path])
+            print(f"made {name}")
+    if check and stale:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from torchvision.transforms import functional as TF
 
 import common
 import harness
+from results.methods import METHODS
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ("common", "harness", "evaluate")
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in SHARED)
+SCRIPTS = METHODS
 SMALL = {
     "batch_size": 16,
     "epochs": 2,
@@ -51,45 +52,6 @@ def words(script, **flags):
 
 def small_args(script, **flags):
     return script.parse_args(words(script, recipe="patterns", **flags))
-
-
-def model_of(script):
-    """The method's class: the only module in its script that states a chance loss."""
-    for value in vars(script).values():
-        if not isinstance(value, type) or value.__module__ != script.__name__:
-            continue
-        names = value.__init__.__code__.co_names if issubclass(value, torch.nn.Module) else ()
-        if "chance_loss" in names:
-            return value
-
-
-def optimizer_of(script, args, model):
-    """The optimizer of the script's train; where it is built there, one with the same groups."""
-    if hasattr(script, "build_optimizer"):
-        return script.build_optimizer(args, model)
-    if script.__name__ == "simsiam":
-        groups = [{"params": part.parameters()} for part in (model.encoder, model.predictor)]
-    else:
-        groups = [{"params": model.encoder_q.parameters()}]
-    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-
-
-def finish_step(script, model, z, momentum=0.9):
-    """What train does after the optimizer's step: moving averages, and SwAV's queue."""
-    if hasattr(model, "encoder_k"):
-        script.ema_update(model.encoder_q, model.encoder_k, momentum)
-    elif hasattr(model, "target_encoder"):
-        script.ema_update(model.encoder, model.target_encoder, momentum)
-    elif hasattr(model, "queue"):
-        script.enqueue(model.queue, model.queue_ptr, torch.stack(z.chunk(2), dim=1))
-
-
-def views_for(args, n, dtype=torch.float32):
-    """A fixed batch for `forward`: views of the number and sizes that these settings give."""
-    known = vars(args)
-    sides = [args.size] * 2 + [known.get("small_size")] * known.get("small_crops", 0)
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 3, side, side, generator=generator, dtype=dtype) for side in sides]
 
 
 def run(*command, threads=1, limit=300, **environment):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import error_line, model_of, small_args, torchrun
+from conftest import error_line, small_args, torchrun
 from torch import nn
 
 import common
@@ -15,6 +15,7 @@ import evaluate
 import moco_v3
 import simclr
 from common import Augment, Data, make_generator
+from results.methods import model_class
 
 POOLED = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())  # a backbone without weights
 
@@ -373,7 +374,7 @@ def test_our_vit_is_evaluated_again(folder, tmp_path, capsys):
 
 def test_the_backbone_of_every_script_is_found(script, tmp_path):
     args = small_args(script)
-    model = model_of(script)(args)
+    model = model_class(script)(args)
     content = {"args": vars(args), "log": [{"epoch": 0}], "random_state": {}}
     torch.save(content | {"model": model.state_dict()}, tmp_path / "checkpoint.pt")
     backbone, view, description = evaluate.load_backbone(tmp_path / "checkpoint.pt")

@@ -11,11 +11,12 @@ import math
 
 import pytest
 import torch
-from conftest import SCRIPTS, model_of, small_args
+from conftest import SCRIPTS, small_args
 from torch import nn
 
 import common
 import harness
+from results.methods import model_class
 
 SMALL = {  # two steps per epoch; the second batch goes beyond the end of a queue of 12
     "batch_size": 8,
@@ -299,7 +300,7 @@ def test_forward_follows_the_paper(name, flags):
     script = importlib.import_module(name)
     args = small_args(script, **SMALL | flags)
     torch.manual_seed(0)
-    model = model_of(script)(args)
+    model = model_class(script)(args)
     with torch.no_grad():  # no weight is left at 0 or 1, and no network equal to its average
         for i, p in enumerate(model.parameters()):
             p.add_(0.1 * noise(*p.shape, seed=i))
@@ -421,7 +422,7 @@ def naive_train(script, args, images):
     """All steps of a training; returns the model, and each step's loss and learning rate."""
     method = script.__name__
     torch.manual_seed(args.seed)
-    model = model_of(script)(args)
+    model = model_class(script)(args)
     views = common.Views(images, script.build_views(args), args.batch_size, seed=args.seed)
     states = {name: {} for name, _ in model.named_parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

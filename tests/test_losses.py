@@ -9,7 +9,7 @@ from collections import deque
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import model_of, optimizer_of, small_args, views_for
+from conftest import small_args
 from torch import nn
 
 import barlow
@@ -21,6 +21,7 @@ import moco_v3
 import simclr
 import simsiam
 import swav
+from results.methods import build_optimizer, model_class, views_of
 
 MOCO = [moco_v1, moco_v2, densecl]  # queue, shuffle and grouped batch normalisation
 FROZEN = {  # the first words of the names of what is never trained
@@ -177,7 +178,7 @@ def test_match_finds_the_most_similar_cell():
 
 # -------------------------------------------------------------------------------- chance losses
 def chance_loss(module, **flags):
-    return pytest.approx(model_of(module)(small_args(module, **flags)).chance_loss)
+    return pytest.approx(model_class(module)(small_args(module, **flags)).chance_loss)
 
 
 def test_chance_loss_of_equal_similarities():
@@ -225,7 +226,7 @@ def test_queue_is_a_deque(module, rows):
 
 def test_queues_start_with_random_unit_vectors():
     for module in MOCO:
-        queues = dict(model_of(module)(small_args(module)).named_buffers())
+        queues = dict(model_class(module)(small_args(module)).named_buffers())
         for name in ("queue", "dense_queue"):
             if name in queues:
                 norms = queues[name].norm(dim=1)
@@ -237,7 +238,7 @@ def test_queues_start_with_random_unit_vectors():
 
 @pytest.mark.parametrize("module", [*MOCO, moco_v3, byol])
 def test_the_average_starts_as_a_copy(module):
-    model = model_of(module)(small_args(module))
+    model = model_class(module)(small_args(module))
     if module is byol:
         pair = (model.encoder, model.target_encoder)
     else:
@@ -393,9 +394,9 @@ def test_ema_momentum_grows_to_one(module):
 def test_who_gets_a_gradient(script):
     """All that the optimizer holds, and nothing else: no target, key encoder, queue or code."""
     args = small_args(script)
-    model = model_of(script)(args)
-    optimizer = optimizer_of(script, args, model)
-    loss, _ = model(*views_for(args, 16))
+    model = model_class(script)(args)
+    optimizer = build_optimizer(script, args, model)
+    loss, _ = model(*views_of(args, 16))
     loss.backward()
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -408,7 +409,7 @@ def test_who_gets_a_gradient(script):
 
 @pytest.mark.parametrize("module", MOCO)
 def test_no_gradient_to_keys(module):
-    model = model_of(module)(small_args(module))
+    model = model_class(module)(small_args(module))
     x_k = torch.randn(16, 3, 32, 32, requires_grad=True)
     loss, _ = model(torch.randn(16, 3, 32, 32), x_k)
     loss.backward()
@@ -419,10 +420,10 @@ def test_no_gradient_to_keys(module):
 def test_no_gradient_to_targets(module, monkeypatch):
     """Gradients come through predictions alone: behind a predictor cut off, nothing has one."""
     args = small_args(module)
-    model = model_of(module)(args)
+    model = model_class(module)(args)
     predict = model.predictor.forward
     monkeypatch.setattr(model.predictor, "forward", lambda z: predict(z.detach()))
-    views = [x.requires_grad_() for x in views_for(args, 16)]
+    views = [x.requires_grad_() for x in views_of(args, 16)]
     loss, _ = model(*views)
     loss.backward()
     for name, p in model.named_parameters():

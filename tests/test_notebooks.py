@@ -133,6 +133,12 @@ def test_replaced_parts_are_used_and_put_back(simsiam):
     assert harness.Run.finish is finish
 
 
+def test_only_what_a_script_has_can_be_replaced(simsiam):
+    """Otherwise a part that was renamed would stay in place, and nothing would go wrong."""
+    with pytest.raises(AssertionError, match="simsiam has no negative_cosines"):
+        walk.train(simsiam, {"negative_cosines": None}, epochs=1, batch_size=32)
+
+
 @pytest.mark.parametrize("parent, child", [("moco_v1", "moco_v2"), ("simclr", "byol")])
 def test_diff_shows_every_changed_line(parent, child, monkeypatch):
     shown = []

@@ -1,68 +1,291 @@
 """The programs in results/ do on a small setting what they do on the large one."""
 
+import importlib
 import json
-import sys
+import shutil
 
 import pytest
-from conftest import ROOT, SCRIPTS, error_line
+import torch
+from conftest import ROOT, SCRIPTS, error_line, small_args
 
-sys.path.insert(0, str(ROOT / "results"))
+import common
+import harness
+from results import cifar10, methods, steps, tables
 
-import cifar10
-import steps
-import tables
+PARENTS = {
+    "barlow": "simclr",
+    "byol": "simclr",
+    "densecl": "moco_v2",
+    "moco_v1": "simclr",
+    "moco_v2": "moco_v1",
+    "moco_v3": "byol",
+    "simclr": None,
+    "simsiam": "byol",
+    "swav": "simclr",
+}
+LOSSES = {  # the functions whose time counts as the loss's
+    "barlow": ["barlow_loss"],
+    "byol": ["regression_loss"],
+    "densecl": ["dense_info_nce", "info_nce", "match"],
+    "moco_v1": ["info_nce"],
+    "moco_v2": ["info_nce"],
+    "moco_v3": ["contrastive_loss"],
+    "simclr": ["nt_xent"],
+    "simsiam": ["negative_cosine"],
+    "swav": ["sinkhorn", "swapped_prediction"],
+}
 
-SMALL = ["--arch", "thin", "--batch-size", "16", "--epochs", "1", "--workers", "0"]
+
+# ------------------------------------------------------------------------------------- methods
+def test_every_script_is_a_method():
+    assert methods.METHODS == SCRIPTS
 
 
-def test_every_script_is_among_the_methods():
-    assert sorted(cifar10.METHODS) == SCRIPTS
+def test_parents():
+    """Each of the known methods has the parent we expect; a new one has one of the methods."""
+    found = {name: methods.parent(name) for name in methods.METHODS}
+    assert found | PARENTS == found
+    assert set(found.values()) <= {None, *methods.METHODS}
 
 
-def test_a_line_for_each_run(folder, tmp_path, capsys, monkeypatch):
+def test_the_model_and_its_optimizer_are_those_of_train(script, monkeypatch):
+    """Class, parameters of each group, momentum and weight decay."""
+    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr(script, "load_images", lambda *_: common.Data("none", images))
+    there = []
+
+    def stop(args, model, optimizer, views):
+        there.extend([model, optimizer])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(harness, "Run", stop)
+    args = small_args(script)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(args)
+    model = methods.model_class(script)(args)
+    optimizer = methods.build_optimizer(script, args, model)
+    assert type(model) is type(there[0])
+    assert type(optimizer) is type(there[1])
+    assert groups(model, optimizer) == groups(*there)
+
+
+def groups(model, optimizer):
+    """What an optimizer does to which parameters of the model."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        rest = {key: value for key, value in group.items() if key not in ("params", "lr")}
+        found.append(([names[p] for p in group["params"]], rest))
+    return found
+
+
+def test_a_step_is_finished_as_in_train(script):
+    args = small_args(script, queue_size=32)
+    model = methods.model_class(script)(args)
+    views = methods.views_of(args, 16)
+    assert [view.shape for view in views[:2]] == [(16, 3, 32, 32)] * 2
+    assert len(views) == 2 + vars(args).get("small_crops", 0)
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in views)
+    assert all(torch.equal(a, b) for a, b in zip(views, methods.views_of(args, 16)))
+    loss, z = model(*views)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    methods.finish_step(script, model, z, momentum=0.0)
+    if "ema_update" in vars(script):
+        target = model.encoder_k if hasattr(model, "encoder_k") else model.target_encoder
+        online = model.encoder_q if hasattr(model, "encoder_q") else model.encoder
+        assert all(torch.equal(p, q) for p, q in zip(target.parameters(), online.parameters()))
+    if hasattr(model, "prototypes"):
+        assert torch.equal(model.queue[:16, 0], z[:16])
+
+
+# ------------------------------------------------------------------------------------- cifar10
+def test_a_line_for_each_run(folder, tmp_path, capsys):
     lines = tmp_path / "results" / "cifar10.jsonl"
-    command = ["simclr", "--data", str(folder), "--runs", str(tmp_path / "runs"), "--lines",
-               str(lines), *SMALL, "--seeds", "3"]
+    command = ["simclr", "--data", str(folder), "--runs", str(tmp_path / "runs")]
+    command += ["--lines", str(lines), "--seeds", "3"]
+    command += ["--arch=thin", "--batch-size=16", "--epochs=1", "--workers=0"]
     cifar10.main(command)
-    assert "simclr-3" in capsys.readouterr().out
+    assert "simclr-small-3" in capsys.readouterr().out
     cifar10.main(command)
     assert "has its line already" in capsys.readouterr().out
-    (first,) = map(json.loads, lines.read_text().splitlines())
-    assert first["seed"] == 3 and first["settings"]["arch"] == "thin"
-    result = json.loads(next((tmp_path / "runs").glob("simclr-3*/result.json")).read_text())
-    assert first["knn200_top1"] == result["knn_top1"] and 0 <= first["knn10_top1"] <= 100
-    assert first["linear_top1"] == result["linear_top1"] and first["device"] == "cpu"
-    assert first["minutes"] * 60 == pytest.approx(result["seconds"])
-    assert first["tflops"] > 0 and first["share"] is None
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    row = tables.cifar10("cifar10").splitlines()[-1]
+    recorded = lines.read_text().splitlines()
+    assert len(recorded) == 1
+    line = json.loads(recorded[0])
+    out = next((tmp_path / "runs").glob("simclr-small-3*"))
+    result = json.loads((out / "result.json").read_text())
+    assert line["seed"] == 3
+    assert line["settings"]["arch"] == "thin"
+    assert line["settings"]["recipe"] == "cifar10"
+    assert line["knn200_top1"] == result["knn_top1"]
+    assert line["linear_top1"] == result["linear_top1"]
+    assert line["knn10_top1"] == knn_of_ten(folder, out)
+    assert line["device"] == "cpu"
+    assert line["minutes"] * 60 == pytest.approx(result["seconds"])
+    assert line["tflops"] > 0
+    assert line["share"] is None
+    row = tables.one_gpu([line], "").splitlines()[-1]
     assert row.startswith("| [simclr](simclr.py) | small | thin | 1 | 16 | 1 |")
-    lines.unlink()
-    assert "No run yet" in tables.cifar10("cifar10")
+
+
+def knn_of_ten(folder, out):
+    script = importlib.import_module("simclr")
+    args = script.parse_args(["--recipe", "cifar10", "--arch", "thin"])
+    backbone = script.build_backbone(args)
+    backbone.load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
+    data = common.load_images(str(folder))
+    view = script.build_views(args)[0]
+    return common.linear_eval(backbone, data, view, "cpu", classifier=False, k=10)["knn_top1"]
 
 
 def test_operations_are_those_of_the_literature():
     """ResNet-18 on 32 pixels: 0.557 10^9 multiply-adds forward, and twice as many backward."""
-    import simclr
+    script = importlib.import_module("simclr")
+    args = script.parse_args(["--recipe", "cifar10"])
+    per_view = 3 * 2 * 0.557e-3
+    assert cifar10.tera_operations(script, args) == pytest.approx(2 * per_view, rel=0.01)
+    assert args.batch_size == 512  # the settings remain as they were
+    assert cifar10.bf16_peak("NVIDIA H200") == 989
+    assert cifar10.bf16_peak("cpu") is None
 
-    args = simclr.parse_args(["--recipe", "cifar10"])
-    assert cifar10.tera_operations(simclr, args) == pytest.approx(2 * 3 * 2 * 0.557e-3, rel=0.01)
-    assert cifar10.bf16_peak("NVIDIA H200") == 989 and cifar10.bf16_peak("cpu") is None
+
+# --------------------------------------------------------------------------------------- steps
+def test_the_losses_are_found():
+    found = {name: steps.losses(importlib.import_module(name)) for name in methods.METHODS}
+    assert found | LOSSES == found
+    assert all(found.values())
 
 
-def test_parts_of_a_step(tmp_path):
-    steps.main(["densecl", "byol", "--batch-size", "16", "--steps", "1", "--arch", "thin", "--out",
-                str(tmp_path)])
-    densecl, byol = json.loads((tmp_path / "steps.json").read_text())
+def test_the_clock_counts_each_second_once(monkeypatch):
+    """A forward pass of 6 s, of which a loss takes 5, of which the queue takes 3."""
+    clock = steps.Clock()
+    time = [0.0]
+    monkeypatch.setattr(steps, "now", lambda: time[0])
+
+    def wait(seconds):
+        time[0] += seconds
+
+    queue = clock.timed("EMA, queue", lambda: wait(3))
+
+    def loss_and_queue():
+        wait(2)
+        queue()
+
+    loss = clock.timed("loss", loss_and_queue)
+
+    def all_of_it():
+        loss()
+        wait(1)
+
+    clock.timed("forward", all_of_it)()
+    clock.timed("optimizer", wait)(0.5)
+    spent = {"forward": 1, "loss": 2, "EMA, queue": 3, "optimizer": 0.5}
+    assert clock.spent == dict.fromkeys(steps.PARTS, 0) | spent
+
+
+def test_parts_of_a_step(tmp_path, monkeypatch):
+    names = ["densecl", "byol", "swav"]
+    before = {name: dict(vars(importlib.import_module(name))) for name in names}
+    untouched = (common.Views.__iter__, torch.Tensor.backward, harness.Run)
+    time_steps = steps.time_steps
+    measured = []
+
+    def recorded(*arguments):
+        measured.append(time_steps(*arguments))
+        return measured[-1]
+
+    monkeypatch.setattr(steps, "time_steps", recorded)
+    command = ["--batch-size", "16", "--rounds", "2", "--steps", "3", "--arch=thin"]
+    steps.main([*names, *command, "--out", str(tmp_path)])
+    assert [len(found) for found in measured] == [3] * 6
+    assert measured[0] != measured[3]  # two rounds of densecl
+    densecl, byol, swav = json.loads((tmp_path / "steps.json").read_text())
     assert set(densecl["milliseconds"]) == set(steps.PARTS)
     assert all(value > 0 for value in densecl["milliseconds"].values())
-    assert byol["milliseconds"]["EMA, queue"] > 0 and byol["method"] == "byol"
+    assert byol["method"] == "byol"
+    assert byol["milliseconds"]["EMA, queue"] > 0
+    assert swav["milliseconds"]["EMA, queue"] == 0  # a queue of 0 images
     assert (tmp_path / "steps.png").stat().st_size > 10_000
-    import densecl as script
-
-    assert script.ema_update.__name__ == "ema_update"  # what was timed is as it was
+    for name in names:  # what was timed is as it was
+        assert vars(importlib.import_module(name)) == before[name]
+    assert untouched == (common.Views.__iter__, torch.Tensor.backward, harness.Run)
 
 
 @pytest.mark.parametrize("program", [cifar10, steps])
 def test_unknown_method(program, capsys):
-    assert "simclt: not one of simclr" in error_line(capsys, program.main, ["simclt"])
+    assert "simclt: not one of barlow" in error_line(capsys, program.main, ["simclt"])
+
+
+# -------------------------------------------------------------------------------------- tables
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of what results/tables.py reads, with a README that holds one table."""
+    for name in methods.METHODS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "results" / "diffs", results / "diffs")
+    for path in (ROOT / "results").glob("*.json"):
+        shutil.copy(path, results)
+    (results / "README.md").write_text("before\n<!-- table patterns -->\n<!-- end -->\nafter\n")
+    (tmp_path / "README.md").write_text("<!-- table patterns_short -->\nold\n<!-- end -->\n")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    tables.main([])
+    return tmp_path
+
+
+def stale(capsys):
+    """The files that --check names."""
+    capsys.readouterr()
+    try:
+        tables.main(["--check"])
+    except SystemExit as end:
+        assert end.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    return {line.removeprefix("stale: ").partition(";")[0] for line in lines}
+
+
+def test_tables_are_made(copy):
+    runs = json.loads((copy / "results" / "patterns.json").read_text())
+    text = (copy / "results" / "README.md").read_text()
+    assert text.startswith("before\n<!-- table patterns -->\n| method |")
+    assert text.endswith("\n<!-- end -->\nafter\n")
+    short = (copy / "README.md").read_text()
+    assert "old" not in short
+    for name in {run["method"] for run in runs}:
+        values = [run["linear_top1"] for run in runs if run["method"] == name]
+        mean = f"{sum(values) / len(values):.1f} ± "
+        assert f"| [{name}](../{name}.py) | " in text
+        assert f"| [{name}]({name}.py) | {mean}" in short
+
+
+def test_stale_files_are_named_and_made_anew(copy, capsys):
+    assert stale(capsys) == set()
+    runs = json.loads((copy / "results" / "patterns.json").read_text())
+    runs[0]["linear_top1"] = 1.0
+    (copy / "results" / "patterns.json").write_text(json.dumps(runs))
+    with open(copy / "moco_v2.py", "a") as file:
+        file.write("# another line\n")
+    with open(copy / "densecl.py", "a") as file:
+        file.write("# another line\n" * tables.LONGEST_DIFF)  # nobody would read this diff
+    expected = {"README.md", "results/README.md", "results/diffs/moco_v1--moco_v2.diff"}
+    expected.add("results/diffs/moco_v2--densecl.diff")
+    assert stale(capsys) == expected
+    tables.main([])
+    assert stale(capsys) == set()
+    assert "+# another line\n" in (copy / "results/diffs/moco_v1--moco_v2.diff").read_text()
+    assert not (copy / "results/diffs/moco_v2--densecl.diff").exists()
+
+
+def test_a_table_without_runs_is_an_error(copy, capsys):
+    (copy / "README.md").write_text("<!-- table cifar10 -->\n<!-- end -->\n")
+    assert "no file results/cifar10.json" in error_line(capsys, tables.main, [])
+    (copy / "README.md").write_text("<!-- table patern -->\n<!-- end -->\n")
+    assert "patern -->: not one of" in error_line(capsys, tables.main, [])
+
+
+def test_every_diff_is_of_a_method_and_its_parent():
+    for path in tables.diffs():
+        parent, _, child = path.stem.partition("--")
+        assert parent == methods.parent(child)

@@ -3,135 +3,204 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
-from conftest import ROOT, SCRIPTS, run
+from conftest import ROOT, SCRIPTS, SHARED, run
+from results.methods import model_class
 
-TREES = {name: ast.parse((ROOT / f"{name}.py").read_text()) for name in SCRIPTS}
-MODELS = {"SimCLR", "MoCo", "BYOL", "SimSiam", "BarlowTwins", "SwAV", "DenseCL"}
+METHOD_LINES = 400
+DENSITY = {"common": 7.5, "harness": 7.5, "evaluate": 7.5}  # syntax nodes per line; scripts: 7.2
+FREE = {"learning_rate", "train", "main"}  # may differ between papers, as may models and build_*
+LOSSES = {
+    "nt_xent",
+    "contrastive_loss",
+    "regression_loss",
+    "negative_cosine",
+    "barlow_loss",
+    "swapped_prediction",
+    "sinkhorn",
+    "match",
+    "dense_info_nce",
+}  # not info_nce, which is one loss in three scripts
+FREE_IN = {("simclr", "LARS")}  # applies the learning rate before the momentum
+COLUMNS = (28, 40, 52, 64)  # where a row's values and its help begin, with three recipes
+DOCSTRING = (
+    "arXiv ",
+    "    python {name}.py ",
+    "    torchrun --nproc_per_node=8 {name}.py ",
+    "\nRead ",
+    "\nShapes: ",
+    "\nMeasured: ",
+)
+
+
+def source_of(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+TREES = {name: ast.parse(source_of(name)) for name in (*SHARED, *SCRIPTS)}
 
 
 def definitions(name):
-    source = (ROOT / f"{name}.py").read_text()
-    return {
-        node.name: ast.get_source_segment(source, node)
-        for node in TREES[name].body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
+    """{name: source} of the functions and classes at the top of a script, in their order."""
+    source = source_of(name)
+    found = {}
+    for node in TREES[name].body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            start = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            found[node.name] = "\n".join(source.splitlines()[start - 1 : node.end_lineno])
+    return found
 
 
-def free(name):
-    """Names that may differ between scripts: the method itself and what builds it."""
-    return name in MODELS | {"Args", "learning_rate", "update", "main"} or name.startswith("build_")
+def settings(name):
+    """The table SETTINGS of a script: {name of a row: its tuple in the syntax tree}."""
+    for node in TREES[name].body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "SETTINGS":
+            return {key.value: row for key, row in zip(node.value.keys, node.value.values)}
+
+
+def bodies_by_name(scripts):
+    """{name: {source: scripts}} of all definitions that have to be the same everywhere."""
+    bodies = {}
+    for script, found in scripts.items():
+        for name, source in found.items():
+            if name in FREE | LOSSES or name.startswith("build_") or (script, name) in FREE_IN:
+                continue
+            bodies.setdefault(name, {}).setdefault(source, []).append(script)
+    return bodies
 
 
 def test_one_name_one_body():
-    bodies = {}
-    for script in SCRIPTS:
-        for name, source in definitions(script).items():
-            if not free(name):
-                bodies.setdefault(name, {}).setdefault(source, []).append(script)
-    different = {name: list(forms.values()) for name, forms in bodies.items() if len(forms) > 1}
+    scripts = {}
+    for name in SCRIPTS:
+        scripts[name] = definitions(name)
+        scripts[name].pop(model_class(importlib.import_module(name)).__name__)
+    different = {}
+    for name, forms in bodies_by_name(scripts).items():
+        if len(forms) > 1:
+            different[name] = list(forms.values())
     assert not different
 
 
-def test_shared_names_stand_in_one_order():
-    order = {}
+@pytest.mark.parametrize("names_of", [definitions, settings])
+def test_shared_names_are_in_one_order(names_of):
+    before = {}  # {(first, second): the scripts in which they stand like this}
     for script in SCRIPTS:
-        names = list(definitions(script))
+        names = list(names_of(script))
         for i, first in enumerate(names):
             for second in names[i + 1 :]:
-                assert (
-                    script == order.setdefault((first, second), script)
-                    or (second, first) not in order
-                )
-    assert not [pair for pair in order if pair[::-1] in order]
+                before.setdefault((first, second), []).append(script)
+    both = {pair: scripts for pair, scripts in before.items() if pair[::-1] in before}
+    assert not both
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_settings(name):
+    rows = settings(name)
+    assert next(iter(rows)) == "recipe"
+    recipes = [value.value for value in rows["recipe"].elts[:-1]]
+    assert recipes[:3] == ["patterns", "cifar10", "imagenet"]
+    for row, values in rows.items():
+        *values, text = ast.literal_eval(values)
+        assert len(values) == len(recipes), row
+        assert {type(value) for value in values} in ({str}, {int}, {float}), row
+        assert isinstance(text, str), row
+        assert text or row == "recipe", row
+        if len(recipes) == 3:
+            assert tuple(value.col_offset for value in rows[row].elts) == COLUMNS, row
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_form(name):
-    source = (ROOT / f"{name}.py").read_text()
-    assert len(source.splitlines()) <= 400
-    assert source.index("- method\n") < source.index("- skeleton\n")
+    source = source_of(name)
+    lines = source.splitlines()
+    assert len(lines) <= METHOD_LINES
+    headings = [line.split()[-1] for line in lines if line.startswith("# ------")]
+    assert headings == ["method", "training", "skeleton"]
     assert source.endswith('\n\nif __name__ == "__main__":\n    main(parse_args())\n')
     doc = ast.get_docstring(TREES[name])
-    for part in (
-        "arXiv",
-        f"python {name}.py",
-        f"torchrun --nproc_per_node=8 {name}.py",
-        "Read it ",
-        "The paper's words -> ours",
-        "Letters:",
-        "Measured:",
-    ):
-        assert part in doc, part
+    for part in DOCSTRING:
+        assert part.format(name=name) in doc, part
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_recipes(name):
+def density(tree, source):
+    """Syntax nodes per line of code, which is neither blank, comment nor docstring."""
+    with_docstring = ast.Module | ast.ClassDef | ast.FunctionDef
+    documented = set()
+    for node in ast.walk(tree):
+        if isinstance(node, with_docstring) and ast.get_docstring(node):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = 0
+    for number, line in enumerate(source.splitlines(), 1):
+        text = line.strip()
+        if text and not text.startswith("#") and number not in documented:
+            lines += 1
+    small = (ast.Load, ast.Store, ast.Del, ast.operator, ast.cmpop, ast.unaryop, ast.boolop)
+    nodes = [node for node in ast.walk(tree) if not isinstance(node, small)]
+    return len(nodes) / lines
 
-    script = importlib.import_module(name)
-    known = {field.name: field.type for field in fields(script.Args)}
-    columns = script.RECIPES["recipe"]
-    assert columns[:3] == ("patterns", "cifar10", "imagenet")
-    for row, values in script.RECIPES.items():
-        assert len(values) == len(columns), row
-        assert all(type(value) is known[row] for value in values), row
-    unset = {
-        field.name for field in fields(script.Args) if not field.default and field.type is not bool
-    }
-    assert unset - {"seed", "out"} <= script.RECIPES.keys()
+
+@pytest.mark.parametrize("name", TREES)
+def test_lines_are_not_pressed(name):
+    assert density(TREES[name], source_of(name)) <= DENSITY.get(name, 7.2)
+
+
+@pytest.mark.parametrize("name", ["common", "harness"])
+def test_shared_modules_name_no_method(name):
+    assert not set(re.findall(r"\w+", source_of(name))) & set(SCRIPTS)
 
 
 def test_nothing_runs_at_import():
-    ran = run("-c", f"import {', '.join(SCRIPTS)}, sys; assert 'matplotlib' not in sys.modules")
+    modules = ", ".join(TREES)
+    ran = run("-c", f"import {modules}, sys; assert 'matplotlib' not in sys.modules")
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
-def test_only_three_packages_at_run_time():
-    for name in ["common", *SCRIPTS]:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        imports = {
-            alias.name.split(".")[0]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Import)
-            for alias in node.names
-        }
-        imports |= {
-            node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
-        }
-        foreign = (
-            imports
-            - sys.stdlib_module_names
-            - {"torch", "torchvision", "matplotlib", "PIL", "common"}
-        )
-        assert not foreign, (name, foreign)  # PIL comes with torchvision
+def imports(tree):
+    """The packages and modules that a program imports, also within its functions."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_only_three_packages_and_two_modules(name):
+    known = {"torch", "torchvision", "matplotlib", "PIL"}  # PIL comes with torchvision
+    known |= {"common", "harness"}  # but no script imports another
+    assert not imports(TREES[name]) - sys.stdlib_module_names - known
 
 
 def test_tables_and_diffs_are_fresh():
-    ran = run("results/tables.py", "--check")
-    assert ran.returncode == 0, ran.stdout
+    ran = run("-m", "results.tables", "--check")
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def mean(runs, key):
+    return sum(run[key] for run in runs) / len(runs)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_measured_result_is_the_recorded_one(name):
     runs = json.loads((ROOT / "results" / "patterns.json").read_text())
     runs = [run for run in runs if run["method"] == name]
-    linear, chance = (sum(run[key] for run in runs) / len(runs)
-                      for key in ("linear_top1", "random_linear_top1"))
-    said = f"Measured: {linear:.1f} % linear top-1 on patterns (random weights {chance:.1f} %)"
+    linear = mean(runs, "linear_top1")
+    start = mean(runs, "random_linear_top1")
+    said = f"Measured: {linear:.1f} % linear top-1 on patterns (random weights {start:.1f} %), "
+    said += f"mean of {len(runs)} seeds."
     assert said in ast.get_docstring(TREES[name])
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
 def test_nothing_large_is_committed():
-    names = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.split("\n")
-    sizes = {
-        name: (ROOT / name).stat().st_size for name in names if name and (ROOT / name).exists()
-    }
-    assert not {name: size for name, size in sizes.items() if size > 2**20}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    assert len(paths) > 50
+    large = [path.name for path in paths if path.exists() and path.stat().st_size > 2**20]
+    assert not large

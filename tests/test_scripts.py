@@ -17,7 +17,6 @@ from conftest import (
     error_line,
     interrupt,
     log_of,
-    model_of,
     same_state,
     small_args,
     torchrun,
@@ -26,6 +25,7 @@ from conftest import (
 
 import common
 import harness
+from results.methods import model_class
 
 RESULT = """method data arch epochs batch_size world_size linear_top1 linear_top5 knn_top1 knn_k
     random_linear_top1 random_knn_top1 seconds images_per_second device memory_gib torch seed"""
@@ -266,7 +266,7 @@ def test_a_signal_leaves_a_checkpoint_and_says_how_to_continue(number, folder, t
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
     script, folder, tmp_path, monkeypatch, capsys
 ):
-    model = model_of(script)
+    model = model_class(script)
     forward = model.forward
     calls = []
 
