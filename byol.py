@@ -125,7 +125,7 @@ def ema_update(source, target, momentum):
 
 
 def ema_momentum(args, epoch):
-    """From args.ema_momentum to 1 along a half cosine (BYOL, section 3.3); epoch grows every step."""
+    """From args.ema_momentum to 1 along a half cosine (BYOL, section 3.3), step by step."""
     return 1 - (1 - args.ema_momentum) * (1 + math.cos(math.pi * epoch / args.epochs)) / 2
 
 

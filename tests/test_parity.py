@@ -173,8 +173,7 @@ def work(rank, world_size, folder):
             if broken:
                 break_on_purpose(name)
             found = step(name, rank, world_size, broken)
-            if rank == 0:
-                torch.save(found, f"{folder}/{name}-{broken}.pt")
+            torch.save(found, f"{folder}/{name}-{broken}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -191,17 +190,19 @@ def difference(one, many):
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def differences(request, tmp_path_factory):
-    """{(script, broken): difference between W processes and one}."""
+    """{(script, broken): the largest difference between one process and any of W}."""
+    world_size = request.param
     folder = tmp_path_factory.mktemp("parity")
-    mp.spawn(work, (request.param, str(folder)), nprocs=request.param)
+    mp.spawn(work, (world_size, str(folder)), nprocs=world_size)
     found = {}
     for name in SCRIPTS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             one = step(name)
         for broken in (False, True):
-            many = torch.load(folder / f"{name}-{broken}.pt", weights_only=True)
-            found[name, broken] = difference(one, many)
+            paths = [folder / f"{name}-{broken}-{rank}.pt" for rank in range(world_size)]
+            many = [torch.load(path, weights_only=True) for path in paths]
+            found[name, broken] = max(difference(one, process) for process in many)
     return found
 
 
