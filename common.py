@@ -595,10 +595,8 @@ class Views:
     ):
         self.images = images
         self.augments = augments
-        self.batch_size = batch_size
         self.device = torch.device(device)
-        self.seed = seed
-        self.epoch = 0
+        self.batches = Batches(len(images), batch_size, seed)
         self.loader = None
         if batch_size % world_size():
             fail(f"--batch-size {batch_size} cannot be divided among {world_size()} processes")
@@ -607,22 +605,17 @@ class Views:
         if batch_size > len(images):
             fail(f"--batch-size {batch_size}, but the data has only {len(images)} images")
         if not torch.is_tensor(images):
-            batches = Batches(self)
-            self.loader = decode(RandomCrops(images, augments, seed), batches, workers)
+            self.loader = decode(RandomCrops(images, augments, seed), self.batches, workers)
 
     def set_epoch(self, epoch: int):
-        self.epoch = epoch
+        self.batches.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size  # an incomplete batch is dropped
+        return len(self.batches)
 
     def rows(self) -> torch.Tensor:
-        """The indices of this process's images, (steps, B): its part of one permutation."""
-        generator = make_generator("order", self.seed, self.epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        order = order[: len(self) * self.batch_size]
-        order = order.view(len(self), world_size(), -1)
-        return order[:, rank()]
+        """The indices of this process's images, (steps, B)."""
+        return self.batches.rows()
 
     def read(self):
         """Per step, the uint8 images (B, 3, H, W) that each view is made from."""
@@ -633,7 +626,7 @@ class Views:
             yield [self.images[rows]] * len(self.augments)
 
     def __iter__(self) -> Iterator[list[torch.Tensor]]:
-        generator = make_generator("views", self.seed, self.epoch, 0)
+        generator = make_generator("views", self.batches.seed, self.batches.epoch, 0)
         for sources in self.read():
             views = []
             for augment, images in zip(self.augments, sources):
@@ -644,17 +637,29 @@ class Views:
 
 
 class Batches:
-    """The items of RandomCrops in each batch of the current epoch of `views`."""
+    """Which images are in the batches of the current epoch: (epoch, index) for each, for
+    RandomCrops. (Not part of Views, or DataLoader and Views would keep each other alive.)"""
 
-    def __init__(self, views):
-        self.views = views
-
-    def __iter__(self):
-        for rows in self.views.rows().tolist():
-            yield [(self.views.epoch, index) for index in rows]
+    def __init__(self, images, batch_size, seed):
+        self.images = images  # how many there are
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
 
     def __len__(self):
-        return len(self.views)
+        return self.images // self.batch_size  # an incomplete batch is dropped
+
+    def rows(self):
+        """(steps, B): this process's part of one permutation of all images."""
+        generator = make_generator("order", self.seed, self.epoch)
+        order = torch.randperm(self.images, generator=generator)
+        order = order[: len(self) * self.batch_size]
+        order = order.view(len(self), world_size(), -1)
+        return order[:, rank()]
+
+    def __iter__(self):
+        for rows in self.rows().tolist():
+            yield [(self.epoch, index) for index in rows]
 
 
 # ------------------------------------------------------------------- the features and their worth

@@ -191,6 +191,8 @@ class Run:
             self.log = checkpoint["log"]
         except (KeyError, TypeError, ValueError, RuntimeError):
             fail(f"{path} is of another version of this program: name another --out")
+        if rank() == 0:
+            self.write_log()  # the run may have been killed between its two files
 
     @property
     def is_new(self):
@@ -268,6 +270,9 @@ class Run:
             "random_state": get_random_state(),
         }
         save(self.out / "checkpoint.pt", checkpoint)
+        self.write_log()
+
+    def write_log(self):
         save(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
     def finish(self, data):
