@@ -153,6 +153,30 @@ def matches(runs, _):
     return markdown(columns, rows)
 
 
+def findings(entries, _):
+    """Of what results/findings.py makes from its runs."""
+    columns = ["finding", "claim", "source", "paper", "here, linear top-1 (%)", "verdict"]
+    rows = []
+    waiting = []
+    for entry in entries:
+        if entry["verdict"] == "not measured":
+            waiting.append(entry["key"])
+            continue
+        paper = [f"{name}: {value}" for name, value in entry["paper"].items()]
+        here = []
+        for name, arm in entry["arms"].items():
+            found = arm["found"]
+            if found is not None:
+                std = f" ± {found['std']:.1f}" if found["std"] is not None else ""
+                here.append(f"{name}: {found['mean']:.1f}{std}")
+        row = [entry["key"], entry["claim"], entry["source"], ", ".join(paper), ", ".join(here)]
+        rows.append([*row, f"**{entry['verdict']}**"])
+    text = markdown(columns, rows) if rows else "No finding has all its runs yet."
+    if waiting:
+        text += f"\n\nRuns are missing for: {', '.join(waiting)}."
+    return text
+
+
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
@@ -160,6 +184,7 @@ TABLES = {  # name: the file with the runs, and what makes the table of them
     "cifar10": ("cifar10", one_gpu),
     "steps": ("steps", parts_of_a_step),
     "densecl_matches": ("densecl_matches", matches),
+    "findings": ("findings", findings),
 }
 
 
