@@ -102,6 +102,8 @@ def clean_exit(stopped="stopped; the same command continues after the last finis
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
+        if dist.is_initialized():
+            dist.barrier()  # one that left early has aborted at times, and torchrun ended the rest
     except KeyboardInterrupt:
         if rank() == 0:
             print(f"\n{stopped}", flush=True)
