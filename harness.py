@@ -35,16 +35,27 @@ from common import (
     world_size,
 )
 
+DATA = "patterns, cifar10, cifar100, stl10, or a folder"
+METRICS = {  # what the lines of a run call the figures it has
+    "ap50": "AP50",
+    "zero_shot_top1": "zero-shot",
+    "linear_top1": "linear top-1",
+    "knn_top1": "kNN",
+}
 COLLAPSED = 0.1  # std of z below which a line warns
 NO_EFFECT = ("workers", "root", "out", "compile", "overwrite")  # on a run's numbers
 
 
 # -------------------------------------------------------------------------------- command line
-def parse_args(script: str, doc: str, settings: dict, argv: list | None = None):
+def parse_args(
+    script: str, doc: str, settings: dict, argv: list | None = None, uses: dict | None = None
+):
     """The settings of a run: those of the recipe that suits the data, then the flags given.
 
     script: the path of the script; settings: {name: (a value per recipe, ..., line of help)}, in
-    which the row "recipe" names the recipes. Returns a namespace with `method`, the script's name.
+    which the row "recipe" names the recipes; uses: {name: line of help} of flags that ask for
+    something other than a training, None unless given. Returns a namespace with `method`, the
+    script's name.
     """
     recipes = settings["recipe"][:-1]
     parser = argparse.ArgumentParser(
@@ -52,7 +63,8 @@ def parse_args(script: str, doc: str, settings: dict, argv: list | None = None):
     )
     parser.error = fail
     add = parser.add_argument
-    add("--data", default="patterns", help="patterns, cifar10, cifar100, stl10, or a folder")
+    for name, text in {"data": DATA, **(uses or {})}.items():
+        add(flag(name), default=recipes[0] if name == "data" else None, help=text)
     add("--recipe", help=f"{', '.join(recipes)}; by default, what suits the data")
     for name, (*values, text) in settings.items():
         if name != "recipe":
@@ -67,7 +79,7 @@ def parse_args(script: str, doc: str, settings: dict, argv: list | None = None):
     args = parser.parse_args(argv)
 
     args.method = Path(script).stem
-    args.recipe = args.recipe or recipe_for(args.data)
+    args.recipe = args.recipe or recipe_for(args.data, recipes)
     if args.recipe not in recipes:
         fail(f"--recipe {args.recipe}: not one of {', '.join(recipes)}")
     for name, (*values, _) in settings.items():
@@ -86,12 +98,13 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def recipe_for(data):
-    """patterns for patterns, cifar10 for small images, imagenet for large ones."""
-    if data == "patterns":
-        return "patterns"
-    if data in TORCHVISION:
-        return "cifar10"
+def recipe_for(data, recipes):
+    """The first recipe for the data it is named after, cifar10 for other small images, imagenet
+    for large ones; the second where the script has no recipes of these names."""
+    if data == recipes[0]:
+        return data
+    if data in TORCHVISION or "imagenet" not in recipes:
+        return recipes[1]
     first = next(image_files(Path(data)), None)
     return "cifar10" if first and is_small(first) else "imagenet"
 
@@ -257,8 +270,9 @@ class Run:
             )
 
     def say(self, text, metrics):
-        if "knn_top1" in metrics:
-            text += f"  kNN {metrics['knn_top1']:.1f} %"
+        for key, name in METRICS.items():
+            if key in metrics and key != "linear_top1":  # which is said at the end
+                text += f"  {name} {metrics[key]:.1f} %"
         start = "\r" if sys.stdout.isatty() else ""  # over the progress within the epoch
         print(f"{start}epoch {len(self.log) - 1}/{self.args.epochs}  {text}", flush=True)
 
@@ -277,8 +291,11 @@ class Run:
     def write_log(self):
         save(self.out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in self.log))
 
-    def finish(self, data):
-        """Draws report.png, writes backbone.pt and result.json; returns what is in the latter."""
+    def finish(self, data, found=None, draw=None):
+        """Draws report.png, writes backbone.pt and result.json; returns what is in the latter.
+
+        found: figures of the method's own for result.json; draw(run, data, title): another report.
+        """
         args = self.args
         first = self.log[0]
         last = self.log[-1]
@@ -306,9 +323,10 @@ class Run:
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
             "torch": torch.__version__,
             "seed": args.seed,
+            **(found or {}),
         }
         title = f"{args.method} on {data.name}, {args.arch}, {args.epochs} epochs"
-        draw_report(self, data, title)
+        (draw or draw_report)(self, data, title)
         if rank() == 0:
             backbone = self.model.backbone.state_dict()
             save(self.out / "backbone.pt", {name: x.cpu() for name, x in backbone.items()})
@@ -321,13 +339,15 @@ def summary(result, data):
     if not data.test:
         return "trained; its evaluation needs labels"
     parts = []
-    for name, key in (
-        ("linear top-1", "linear_top1"),
-        (f"kNN(k={result['knn_k']}, T=.1, cosine)", "knn_top1"),
-    ):
-        start = result[f"random_{key}"]
-        if result[key] is not None:
-            parts.append(f"{name} {result[key]:.1f} % (random weights {start:.1f} %)")
+    for key, name in METRICS.items():
+        if result.get(key) is not None:
+            if key == "knn_top1":
+                name += f"(k={result['knn_k']}, T=.1, cosine)"
+            text = f"{name} {result[key]:.1f} %"
+            start = result.get(f"random_{key}")
+            if start is not None:
+                text += f" (random weights {start:.1f} %)"
+            parts.append(text)
     parts.append(f"chance {100 / len(data.classes):.1f} %")
     if data.large:
         parts.append("linear evaluation by evaluate.py")
