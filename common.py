@@ -83,6 +83,12 @@ class Data:
 def patterns(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """n images of ten families of pattern, drawn from a seed: uint8 (n, 3, 32, 32), labels (n,).
     Colour, phase, frequency and shading are random, so only the family tells the class."""
+    images, labels, _ = draw_patterns(n, seed)
+    return images, labels
+
+
+def draw_patterns(n, seed):
+    """The same, and what could be said of each image beside its family: {name: (n,)}."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, channels=1):
@@ -141,7 +147,8 @@ def patterns(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     images = ground + (colour - ground) * ink
     images = images * shade + 0.04 * noise
     images = (images.clamp(0, 1) * 255).round()
-    return images.byte(), labels
+    drawn = {"frequency": frequency.flatten(), "tilt": angle.flatten(), "pale": ~swap.flatten()}
+    return images.byte(), labels, drawn
 
 
 def load_images(name: str, root: str = "data", device: torch.device | str = "cpu") -> Data:

@@ -4,14 +4,17 @@
     torchrun --nproc_per_node=8 evaluate.py moco_v2_800ep_pretrain.pth.tar --data /data/imagenet
 
 Takes the checkpoints of these scripts and the official ones of MoCo v1, v2, v3, SimSiam, Barlow
-Twins, SwAV and DenseCL, or any ResNet under torchvision's names, told apart by the names of their
-weights. With --epochs N the classifier is trained as in the papers, by SGD for N epochs on random
-crops and flips (100 for more than 100,000 images); otherwise it is fitted once by L-BFGS."""
+Twins, SwAV, DenseCL and CLIP (OpenAI's, or open_clip's of the same networks), or any ResNet under
+torchvision's names, told apart by the names of their weights. CLIP is also judged by the names of
+the classes alone; for the tokens of weights that are not ours, --merges names the file. With
+--epochs N the classifier is trained as in the papers, by SGD for N epochs on random crops and flips
+(100 for more than 100,000 images); otherwise it is fitted once by L-BFGS."""
 
 import argparse
 import copy
 import importlib
 import json
+import math
 import os
 from argparse import Namespace
 from functools import partial
@@ -24,6 +27,7 @@ import torchvision
 from torch import nn
 
 import harness
+from captions import FRAMES, TEMPLATES, Tokenizer, read_merges
 from common import (
     Augment,
     Views,
@@ -64,16 +68,35 @@ TO_TORCHVISION = {  # parts of the official names of a ViT's weights
     "mlp.fc1": "mlp.0",
     "mlp.fc2": "mlp.3",
 }
+TO_OURS = {  # parts of OpenAI's names of CLIP's weights, and of clip.py's
+    "visual.transformer.resblocks": "backbone.blocks",
+    "transformer.resblocks": "text_encoder.blocks",
+    "visual.attnpool.c_proj": "projector",
+    "visual.attnpool.positional_embedding": "backbone.avgpool.positions",
+    "visual.attnpool": "backbone.avgpool",
+    "visual.positional_embedding": "backbone.positions",
+    "visual.class_embedding": "backbone.class_token",
+    "visual.proj": "projector.weight",
+    "visual.conv2": "backbone.maxpool.0",  # of the first three convolutions
+    "visual.bn2": "backbone.maxpool.1",
+    "visual.conv3": "backbone.maxpool.3",
+    "visual.bn3": "backbone.maxpool.4",
+    "visual": "backbone",
+    "mlp.": "",
+    "token_embedding": "text_encoder.token_embedding",
+    "positional_embedding": "text_encoder.positions",
+    "ln_final": "text_encoder.ln_final",
+    "text_projection": "text_projector.weight",
+    "logit_scale": "log_scale",
+}
+MATRICES = ("visual.proj", "text_projection")  # parameters there, weights of linear layers here
 
 
 def load_backbone(path: str) -> tuple[nn.Module, Augment, str]:
     """(backbone, the view to evaluate it on, description) of one of our runs or of an official
     checkpoint. Exits with one line if its weights are not known."""
     checkpoint = harness.load_checkpoint(path)
-    state = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and key in state:
-            state = state[key]
+    state = unwrap(checkpoint)
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         fail(f"{path} holds no weights that this program knows")
     state = {name.removeprefix("module."): x for name, x in state.items()}
@@ -102,11 +125,105 @@ def load_backbone(path: str) -> tuple[nn.Module, Augment, str]:
     return backbone, view, f"{name}; left out: {', '.join(parts) or 'nothing'}"
 
 
+# ------------------------------------------------------------------------- CLIP, both its towers
+def clip_weights(checkpoint):
+    """{name: weight} if these are an image and a text encoder, ours or OpenAI's; or else {}."""
+    state = unwrap(checkpoint)
+    if not isinstance(state, dict):
+        return {}
+    found = {}
+    for name, x in state.items():
+        found[str(name).removeprefix("module.").removeprefix("text.")] = x
+    return found if {"text_projection", "text_projector.weight"} & found.keys() else {}
+
+
+def load_clip(path, state, merges):
+    """(model, tokenizer, view, description) of one of our runs or of an official checkpoint, whose
+    tokens need the file `merges`; without it there is no tokenizer."""
+    clip = importlib.import_module("clip")
+    if "text_projector.weight" in state:
+        model, tokenizer, args = clip.load(path, "cpu")
+        return model, tokenizer, clip.build_views(args)[0], f"clip, {args.arch}"
+    try:
+        args = official_settings(state)
+        vocabulary = len(state["token_embedding.weight"])
+        model = clip.CLIP(args, vocabulary)
+        weights = {}
+        for name, x in state.items():
+            if name not in ("input_resolution", "context_length", "vocab_size"):
+                weights[translate(name)] = x.T if name in MATRICES else x
+        model.load_state_dict(weights)
+    except (KeyError, IndexError, RuntimeError):
+        fail(f"{path}: CLIP, but none of its ViT-B, ViT-L, RN50 and RN101")
+    tokenizer = None
+    if merges:
+        tokenizer = Tokenizer(read_merges(merges), args.context)
+        if tokenizer.vocabulary != vocabulary:
+            fail(f"--merges {merges}: {tokenizer.vocabulary} tokens, but {path} has {vocabulary}")
+    return model.eval(), tokenizer, clip.build_views(args)[0], f"CLIP, {args.arch}"
+
+
+def official_settings(state):
+    """The settings of clip.py for weights of these shapes, under OpenAI's names."""
+    width = len(state["ln_final.weight"])
+    first = state["visual.conv1.weight"]
+    args = Namespace(text="transformer", text_width=width, text_heads=width // 64)
+    args.text_layers = count_layers(state, "transformer.resblocks.")
+    args.context = len(state["positional_embedding"])
+    args.projection_dim = state["text_projection"].shape[1]
+    args.crop_min = 0.9
+    args.batch_size = 1
+    if "visual.proj" in state:
+        sizes = (len(first), count_layers(state, "visual.transformer.resblocks."))
+        args.arch = {(768, 12): "vit_base", (1024, 24): "vit_large"}[sizes]
+        args.patch_size = first.shape[-1]
+        cells = len(state["visual.positional_embedding"]) - 1
+    else:
+        blocks = count_layers(state, "visual.layer3.")
+        args.arch = {6: "resnet50", 23: "resnet101"}[blocks]
+        args.patch_size = 32
+        cells = len(state["visual.attnpool.positional_embedding"]) - 1
+    args.size = args.patch_size * math.isqrt(cells)
+    return args
+
+
+def count_layers(state, prefix):
+    """How many numbers follow the prefix in the names of the weights."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+
+def translate(name):
+    """OpenAI's name of a weight of CLIP -> ours."""
+    for old, new in TO_OURS.items():
+        name = name.replace(old, new)
+    return name
+
+
+@torch.no_grad()
+def zero_shot(model, tokenizer, data, view, workers):
+    """Top-1 and top-5 in percent by the names of the classes alone."""
+    clip = importlib.import_module("clip")
+    names = [name.replace("_", " ") for name in data.classes]
+    templates = FRAMES if data.name == "patterns" else TEMPLATES
+    classes = clip.embed_classes(model, tokenizer, names, templates)
+    z = clip.embed_images(model, data.test[0], view, workers)
+    found = accuracy(z @ classes.T, data.test[1].to(z.device))
+    return {f"zero_shot_{key}": value for key, value in found.items()}
+
+
 def find_prefix(state, prefixes):
     for prefix in prefixes:
         if any(prefix + name in state for name in FIRST_LAYERS):
             return prefix
     return None
+
+
+def unwrap(checkpoint):
+    """The weights of a checkpoint, whatever holds them."""
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, dict) and key in checkpoint:
+            checkpoint = checkpoint[key]
+    return checkpoint
 
 
 def build_ours(path, checkpoint):
@@ -223,7 +340,14 @@ def evaluate(args):
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    backbone, view, name = load_backbone(args.checkpoint)
+    state = clip_weights(harness.load_checkpoint(args.checkpoint))
+    tokenizer = None
+    if state:
+        model, tokenizer, view, name = load_clip(args.checkpoint, state, args.merges)
+        model = model.to(device)
+        backbone = model.backbone
+    else:
+        backbone, view, name = load_backbone(args.checkpoint)
     data = load_images(args.data, args.root, device)
     if not data.test:
         fail(f"--data {args.data} has no labels: it takes train/<class>/ and val/<class>/ folders")
@@ -235,6 +359,10 @@ def evaluate(args):
     if epochs > 0:
         found = linear_sgd(backbone, data, view, device, epochs, args.workers)
         metrics |= {f"linear_{key}": value for key, value in found.items()}
+    if tokenizer:
+        metrics |= zero_shot(model, tokenizer, data, view, args.workers)
+    elif state:
+        name += "; zero-shot needs --merges"
     if rank() == 0:
         print(f"{args.checkpoint}: {name}")
         print(json.dumps({"data": data.name, **metrics}))
@@ -250,6 +378,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="patterns", help="as in the scripts")
     parser.add_argument("--root", default="data", help="where torchvision keeps its data sets")
     parser.add_argument("--epochs", type=int, help="of SGD; 0: fit once to plain features")
+    parser.add_argument("--merges", help="of CLIP's tokens: bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     return parser.parse_args(argv)
 

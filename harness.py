@@ -38,7 +38,8 @@ from common import (
 DATA = "patterns, cifar10, cifar100, stl10, or a folder"
 METRICS = {  # what the lines of a run call the figures it has
     "ap50": "AP50",
-    "zero_shot_top1": "zero-shot",
+    "zero_shot_top1": "zero-shot top-1",
+    "image_to_text_top1": "image to text @1",
     "linear_top1": "linear top-1",
     "knn_top1": "kNN",
 }
@@ -161,7 +162,12 @@ def load_checkpoint(path: Path | str):
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         fail(f"{path}: no such file")
-    except Exception:  # a damaged file can make torch raise nearly anything
+    except Exception as error:  # a damaged file can make torch raise nearly anything
+        if "TorchScript" in str(error):
+            fail(
+                f"{path} is a TorchScript archive, which is a program: if you trust it, convert it "
+                f"by torch.save(torch.jit.load('{path}', 'cpu').state_dict(), 'weights.pt')"
+            )
         fail(f"{path} is not a readable checkpoint: it is damaged, or holds more than weights")
 
 
@@ -271,7 +277,7 @@ class Run:
 
     def say(self, text, metrics):
         for key, name in METRICS.items():
-            if key in metrics and key != "linear_top1":  # which is said at the end
+            if key in metrics and key != "linear_top1":  # that is said at the end
                 text += f"  {name} {metrics[key]:.1f} %"
         start = "\r" if sys.stdout.isatty() else ""  # over the progress within the epoch
         print(f"{start}epoch {len(self.log) - 1}/{self.args.epochs}  {text}", flush=True)
@@ -294,7 +300,8 @@ class Run:
     def finish(self, data, found=None, draw=None):
         """Draws report.png, writes backbone.pt and result.json; returns what is in the latter.
 
-        found: figures of the method's own for result.json; draw(run, data, title): another report.
+        The figures are the log's last ones, those of random weights beside them, and `found`;
+        draw(run, data, title) makes another report than draw_report.
         """
         args = self.args
         first = self.log[0]
@@ -309,12 +316,12 @@ class Run:
             "epochs": args.epochs,
             "batch_size": args.batch_size,
             "world_size": world_size(),
-            "linear_top1": last.get("linear_top1"),
-            "linear_top5": last.get("linear_top5"),
-            "knn_top1": last.get("knn_top1"),
+            "linear_top1": None,  # without labels it stays so, as do the next four
+            "linear_top5": None,
+            "knn_top1": None,
             "knn_k": last.get("knn_k"),
-            "random_linear_top1": first.get("linear_top1"),
-            "random_knn_top1": first.get("knn_top1"),
+            "random_linear_top1": None,
+            "random_knn_top1": None,
             "seconds": round(seconds, 1),
             "images_per_second": round(
                 args.epochs * len(self.views) * args.batch_size / seconds, 1
@@ -325,6 +332,10 @@ class Run:
             "seed": args.seed,
             **(found or {}),
         }
+        for key, value in last.items():
+            if "_top" in key:
+                result[key] = value
+                result[f"random_{key}"] = first.get(key)
         title = f"{args.method} on {data.name}, {args.arch}, {args.epochs} epochs"
         (draw or draw_report)(self, data, title)
         if rank() == 0:
@@ -336,8 +347,6 @@ class Run:
 
 
 def summary(result, data):
-    if not data.test:
-        return "trained; its evaluation needs labels"
     parts = []
     for key, name in METRICS.items():
         if result.get(key) is not None:
@@ -348,6 +357,8 @@ def summary(result, data):
             if start is not None:
                 text += f" (random weights {start:.1f} %)"
             parts.append(text)
+    if not data.test:
+        return ", ".join(["trained; its evaluation needs labels", *parts])
     parts.append(f"chance {100 / len(data.classes):.1f} %")
     if data.large:
         parts.append("linear evaluation by evaluate.py")
