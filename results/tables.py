@@ -12,23 +12,24 @@ import re
 import statistics
 
 from common import fail
-from results.methods import METHODS, ROOT, parent
+from results.methods import ROOT, SCRIPTS, parent
 
 LONGEST_DIFF = 250  # lines from which on nobody would read a diff
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def diffs():
-    """{path: text} of the diffs between scripts and their parents, without the long ones."""
+    """{path: text} of the diffs between scripts and their parents, without the long ones; of
+    clip.py a long one as well, since it is read beside a script of another kind."""
     made = {}
-    for child in METHODS:
+    for child in SCRIPTS:
         old = parent(child)
         if old is None:
             continue
         names = [f"{old}.py", f"{child}.py"]
         texts = [(ROOT / name).read_text().splitlines(keepends=True) for name in names]
         lines = list(difflib.unified_diff(*texts, *names, n=1))
-        if len(lines) < LONGEST_DIFF:
+        if len(lines) < LONGEST_DIFF or child == "clip":
             made[ROOT / "results" / "diffs" / f"{old}--{child}.diff"] = "".join(lines)
     return made
 
@@ -177,6 +178,28 @@ def findings(entries, _):
     return text
 
 
+def zero_shot(runs, _):
+    """Of what results/zero_shot.py records."""
+    columns = ["text encoder", "captions", "seeds", "ten families (%)", "on grounds (%)"]
+    columns += ["family and ground, 60-way: seen (%)", "held out (%)", "image to text @1 / @5 (%)"]
+    columns += ["text to image @1 / @5 (%)", "linear (%)", "training (s)"]
+    rows = []
+    for group in grouped(runs, "text", "captions"):
+        row = [group[0]["text"], group[0]["captions"], len(group)]
+        for key in ("zero_shot", "pasted", "seen", "held_out"):
+            row.append(spread(group, f"{key}_top1"))
+        for key in ("image_to_text", "text_to_image"):
+            row.append(f"{spread(group, f'{key}_top1')} / {spread(group, f'{key}_top5')}")
+        rows.append([*row, spread(group, "linear_top1"), spread(group, "seconds")])
+    row = ["random weights", "", len(runs)]
+    for key in ("zero_shot", "pasted", "seen", "held_out"):
+        row.append(spread(runs, f"random_{key}_top1"))
+    for key in ("image_to_text", "text_to_image"):
+        row.append(f"{spread(runs, f'random_{key}_top1')} / {spread(runs, f'random_{key}_top5')}")
+    rows.append([*row, spread(runs, "random_linear_top1"), ""])
+    return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
@@ -185,6 +208,7 @@ TABLES = {  # name: the file with the runs, and what makes the table of them
     "steps": ("steps", parts_of_a_step),
     "densecl_matches": ("densecl_matches", matches),
     "findings": ("findings", findings),
+    "zero_shot": ("zero_shot", zero_shot),
 }
 
 
