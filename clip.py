@@ -121,7 +121,9 @@ def contrastive_loss(z_image, z_text, scale):
     labels = rank() * len(z_image) + torch.arange(len(z_image), device=z_image.device)
     image_logits = scale * z_image @ gather(z_text).T  # (B, WB)
     text_logits = scale * z_text @ gather(z_image).T  # (B, WB)
-    return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
+    image_loss = F.cross_entropy(image_logits, labels)
+    text_loss = F.cross_entropy(text_logits, labels)
+    return (image_loss + text_loss) / 2
 
 
 def build_projector(args, dim):
@@ -191,10 +193,15 @@ class AttentionPool(nn.Module):
 
     def forward(self, x):
         x = x.flatten(2).mT  # (B, S, D)
-        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positions  # (B, 1 + S, D)
-        q = self.split(self.q_proj(x[:, :1]))
-        k = self.split(self.k_proj(x))
-        v = self.split(self.v_proj(x))
+        mean = x.mean(1, keepdim=True)
+        x = torch.cat([mean, x], dim=1)  # (B, 1 + S, D)
+        x = x + self.positions
+        q = self.q_proj(x[:, :1])  # of the mean alone
+        k = self.k_proj(x)
+        v = self.v_proj(x)
+        q = self.split(q)
+        k = self.split(k)
+        v = self.split(v)
         h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, 1, D / heads)
         return h.flatten(1)
 
@@ -220,10 +227,11 @@ class VisionTransformer(nn.Module):
         self.ln_post = nn.LayerNorm(self.dim)
 
     def forward(self, x):
-        x = self.conv1(x).flatten(2).mT  # (B, S, D)
+        x = self.conv1(x)
+        x = x.flatten(2).mT  # (B, S, D)
         token = self.class_token.expand(len(x), 1, -1)
-        x = torch.cat([token, x], dim=1) + self.positions  # (B, 1 + S, D)
-        x = self.ln_pre(x)
+        x = torch.cat([token, x], dim=1)  # (B, 1 + S, D)
+        x = self.ln_pre(x + self.positions)
         for block in self.blocks:
             x = block(x)
         return self.ln_post(x[:, 0])
@@ -243,7 +251,8 @@ class Block(nn.Module):
     def forward(self, x, mask=None):
         n = self.ln_1(x)
         x = x + self.attn(n, n, n, need_weights=False, attn_mask=mask)[0]
-        n = self.c_fc(self.ln_2(x))
+        n = self.ln_2(x)
+        n = self.c_fc(n)
         n = n * torch.sigmoid(1.702 * n)  # the official code's approximation of GELU
         return x + self.c_proj(n)
 
@@ -271,19 +280,21 @@ class TextTransformer(nn.Module):
         mask = torch.full((args.context, args.context), -math.inf).triu(1)
         self.register_buffer("mask", mask, persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for block in self.blocks:  # as GPT-2, section 2.3: the residual layers count
-            residual = (2 * len(self.blocks)) ** -0.5
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * residual)
+        std = width**-0.5
+        residual_std = std * (2 * args.text_layers) ** -0.5  # as GPT-2's (official code)
+        for block in self.blocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=std)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual_std)
             nn.init.normal_(block.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.c_proj.weight, std=width**-0.5 * residual)
+            nn.init.normal_(block.c_proj.weight, std=residual_std)
 
     def forward(self, text):
         x = self.token_embedding(text) + self.positions  # (B, L, text_width)
         for block in self.blocks:
             x = block(x, self.mask)
         end = (text == self.end).int().argmax(1)  # (B,)
-        return self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        image = torch.arange(len(x), device=x.device)
+        return self.ln_final(x[image, end])
 
 
 class ContinuousBagOfWords(nn.Module):
@@ -298,8 +309,8 @@ class ContinuousBagOfWords(nn.Module):
         end = (text == self.end).int().argmax(1, keepdim=True)
         place = torch.arange(text.shape[1], device=text.device)
         used = (place <= end).unsqueeze(2)  # (B, L, 1); padding is behind the end token
-        total = (self.token_embedding(text) * used).sum(1)
-        return total / (end + 1)
+        x = self.token_embedding(text) * used
+        return x.sum(1) / (end + 1)
 
 
 def build_optimizer(args, model):
@@ -337,7 +348,8 @@ def embed_classes(model, tokenizer, names, templates):
     These are the weights of the zero-shot classifier."""
     total = 0.0
     for template in templates:
-        total = total + embed_texts(model, tokenizer, [template.format(name) for name in names])
+        sentences = [template.format(name) for name in names]
+        total = total + embed_texts(model, tokenizer, sentences)
     return F.normalize(total, dim=1)
 
 
@@ -357,10 +369,11 @@ def evaluate(args, model, tokenizer, data, last=True):
     images, captions = data.pairs
     z_image = embed_images(model, images, view, args.workers)
     z_text = embed_texts(model, tokenizer, captions)
+    cosines = z_image @ z_text.T
     own = torch.arange(len(captions), device=device)
-    for key, value in accuracy(z_image @ z_text.T, own).items():
+    for key, value in accuracy(cosines, own).items():
         metrics[f"image_to_text_{key}"] = value
-    for key, value in accuracy(z_text @ z_image.T, own).items():
+    for key, value in accuracy(cosines.T, own).items():
         metrics[f"text_to_image_{key}"] = value
     if data.test:
         images, labels = data.test
@@ -371,8 +384,11 @@ def evaluate(args, model, tokenizer, data, last=True):
         images, labels, grounds, held_out = data.pasted
         z = embed_images(model, images, view, args.workers)
         metrics["pasted_top1"] = accuracy(z @ classes.T, labels)["top1"]
-        names = [f"{name} on {ground}" for name in data.classes for ground in GROUNDS]
-        scores = z @ embed_classes(model, tokenizer, names, data.templates).T
+        names = []
+        for name in data.classes:
+            names += [f"{name} on {ground}" for ground in GROUNDS]
+        pairs = embed_classes(model, tokenizer, names, data.templates)
+        scores = z @ pairs.T
         both = labels * len(GROUNDS) + grounds
         metrics["held_out_top1"] = accuracy(scores[held_out], both[held_out])["top1"]
         metrics["seen_top1"] = accuracy(scores[~held_out], both[~held_out])["top1"]
@@ -404,12 +420,14 @@ def classify(args):
     z = embed_images(model, read_images(paths, device), build_views(trained)[0], args.workers)
     templates = FRAMES if trained.data == "patterns" else TEMPLATES
     classes = embed_classes(model, tokenizer, names, templates)
-    shares = (model.log_scale.exp() * z @ classes.T).softmax(1)  # (N, names)
+    logits = model.log_scale.exp() * z @ classes.T  # (N, names)
+    shares = logits.softmax(1)
     found = []
     for path, share in zip(paths, shares):
         best = share.argmax().item()
+        percent = 100 * share[best].item()
         found.append(names[best])
-        print(f"{path}: {names[best]} ({100 * share[best]:.0f} %)")
+        print(f"{path}: {names[best]} ({percent:.0f} %)")
     return found
 
 

@@ -147,7 +147,11 @@ def draw_patterns(n, seed):
     images = ground + (colour - ground) * ink
     images = images * shade + 0.04 * noise
     images = (images.clamp(0, 1) * 255).round()
-    drawn = {"frequency": frequency.flatten(), "tilt": angle.flatten(), "pale": ~swap.flatten()}
+    drawn = {
+        "frequency": frequency.flatten(),
+        "tilt": angle.flatten(),
+        "pale": ~swap.flatten(),  # the second colour, on a dark ground
+    }
     return images.byte(), labels, drawn
 
 

@@ -17,8 +17,7 @@ from results.methods import METHODS
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("common", "harness", "evaluate")
-SCRIPTS = METHODS
+SHARED = ("common", "harness", "captions", "evaluate")
 SMALL = {
     "batch_size": 16,
     "epochs": 2,
@@ -32,7 +31,7 @@ COMMON_FLAGS = {"data", "recipe", "seed", "precision", "workers", "root", "out"}
 SWITCHES = {"compile", "overwrite"}
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=METHODS)
 def script(request):
     return importlib.import_module(request.param)
 

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 import torch
-from conftest import SCRIPTS, small_args
+from conftest import METHODS, small_args
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -40,7 +40,7 @@ def images(side):
 def optimizers():
     """(script, flags) for each optimizer that a recipe of the script uses."""
     found = []
-    for name in SCRIPTS:
+    for name in METHODS:
         settings = importlib.import_module(name).SETTINGS
         if "optimizer" in settings:
             *kinds, _ = settings["optimizer"]

@@ -11,7 +11,7 @@ import math
 
 import pytest
 import torch
-from conftest import SCRIPTS, small_args
+from conftest import METHODS, small_args
 from torch import nn
 
 import common
@@ -284,7 +284,7 @@ def compare_state(made, expected):
 
 
 def test_every_method_has_its_naive_version():
-    assert sorted(FORWARD) == SCRIPTS
+    assert sorted(FORWARD) == METHODS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import (
-    SCRIPTS,
+    METHODS,
     checkpoint_of,
     interrupt,
     log_of,
@@ -26,7 +26,7 @@ from results.methods import build_optimizer, finish_step, model_class, views_of
 
 DEVICE = torch.device("cuda")
 SYNCHRONISED = [
-    name for name in SCRIPTS if "bn_groups" not in importlib.import_module(name).SETTINGS
+    name for name in METHODS if "bn_groups" not in importlib.import_module(name).SETTINGS
 ]
 pytestmark = [
     pytest.mark.gpu,

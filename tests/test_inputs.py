@@ -7,7 +7,7 @@ import shutil
 import numpy
 import pytest
 import torch
-from conftest import SCRIPTS, error_line, words
+from conftest import METHODS, error_line, words
 from PIL import Image
 
 import common
@@ -17,7 +17,7 @@ import simclr
 
 
 def scripts_with(setting):
-    return [name for name in SCRIPTS if setting in importlib.import_module(name).SETTINGS]
+    return [name for name in METHODS if setting in importlib.import_module(name).SETTINGS]
 
 
 def program(script, *flags, **settings):

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, SCRIPTS, checkpoint_of, run
+from conftest import ROOT, METHODS, checkpoint_of, run
 
 EPOCHS = 10  # of 20 to 30
 FLOORS = {  # kNN top-1 in percent after EPOCHS; random weights: 20 to 25, densecl and moco_v3 to 43
@@ -136,7 +136,7 @@ def trainings(request, tmp_path_factory):
 
 
 def test_every_method_has_its_floor():
-    assert sorted(FLOORS) == SCRIPTS
+    assert sorted(FLOORS) == METHODS
 
 
 @pytest.mark.parametrize("name, mutation", sorted(EDITS))
@@ -145,7 +145,7 @@ def test_what_is_edited_is_there_once(name, mutation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_default_recipe_learns(name, trainings):
     """Far above random weights, and near what was measured when the script was right."""
     log, printed = trainings[name, ""].result()

@@ -14,7 +14,7 @@ from collections import Counter
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS
+from conftest import ROOT, METHODS
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
@@ -61,7 +61,7 @@ def test_its_first_code_cell_says_how_to_start(name):
     assert walk.COMMAND in (ROOT / "notebooks" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(set(NOTEBOOKS) & set(SCRIPTS)))
+@pytest.mark.parametrize("name", sorted(set(NOTEBOOKS) & set(METHODS)))
 def test_walkthrough_has_its_parts_and_copies_no_function(name):
     book = read(name)
     script = importlib.import_module(name)

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import SCRIPTS, small_args
+from conftest import METHODS, small_args
 from torch import nn
 from results.methods import build_optimizer, finish_step, model_class, views_of
 
 BATCH = 16
 LOCAL = "batch normalisation of the local batch"
-BROKEN = {name: LOCAL for name in SCRIPTS} | {  # mistakes that others have made
+BROKEN = {name: LOCAL for name in METHODS} | {  # mistakes that others have made
     "simclr": "a gather without gradient",
     "barlow": "a sum over processes without gradient",
     "swav": "Sinkhorn over the local batch",
@@ -168,7 +168,7 @@ def work(rank, world_size, folder):
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, rank=rank, world_size=world_size)
     for broken in (False, True):
-        for name in BROKEN if broken else SCRIPTS:
+        for name in BROKEN if broken else METHODS:
             if broken:
                 break_on_purpose(name)
             found = step(name, rank, world_size, broken)
@@ -194,7 +194,7 @@ def differences(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     mp.spawn(work, (world_size, str(folder)), nprocs=world_size)
     found = {}
-    for name in SCRIPTS:
+    for name in METHODS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             one = step(name)
@@ -205,7 +205,7 @@ def differences(request, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_the_step_of_many_processes_is_that_of_one(name, differences):
     assert differences[name, False] < 1e-9
 

@@ -6,7 +6,7 @@ import importlib
 from dataclasses import asdict
 
 import pytest
-from conftest import SCRIPTS
+from conftest import METHODS
 
 OURS = {"recipe", "eval_every"}  # settings that no paper has
 RESNET = {"arch": "resnet50", "size": 224}
@@ -223,7 +223,7 @@ VIEWS = {
 
 def imagenet_recipes():
     found = []
-    for name in SCRIPTS:
+    for name in METHODS:
         for recipe in importlib.import_module(name).SETTINGS["recipe"][:-1]:
             if recipe.startswith("imagenet"):
                 found.append((name, recipe))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
-    SCRIPTS,
+    METHODS,
     checkpoint_of,
     error_line,
     interrupt,
@@ -156,7 +156,7 @@ def test_two_processes(folder, tmp_path):
     """All scripts in one pair of processes, which saves starting a pair for each."""
     flags = {"data": folder, "epochs": 1}
     commands = {}
-    for name in SCRIPTS:
+    for name in METHODS:
         commands[name] = words(
             importlib.import_module(name), recipe="patterns", out=tmp_path / name, **flags
         )
@@ -164,8 +164,8 @@ def test_two_processes(folder, tmp_path):
     program.write_text(ALL.format(commands=commands))
     ran = torchrun(2, program, PYTHONPATH=str(ROOT))
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert ran.stdout.count("epoch 1/1") == len(SCRIPTS)  # only one process prints
-    for name in SCRIPTS:
+    assert ran.stdout.count("epoch 1/1") == len(METHODS)  # only one process prints
+    for name in METHODS:
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert result["world_size"] == 2
         assert result["linear_top1"] is not None
@@ -178,7 +178,7 @@ def test_two_processes(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", METHODS)
 def test_torchrun(name, folder, tmp_path):
     """As users start it."""
     script = importlib.import_module(name)
