@@ -156,7 +156,7 @@ def draw_patterns(n, seed):
 
 
 def load_images(name: str, root: str = "data", device: torch.device | str = "cpu") -> Data:
-    """`patterns`, `cifar10`, `cifar100`, `stl10` (kept under root), or a folder of images.
+    """`patterns`, `scenes`, `cifar10`, `cifar100`, `stl10` (under root), or a folder of images.
 
     A folder with train/<class>/ and val/<class>/ or test/<class>/ is labelled, any other tree of
     images is not. Exits with one line if the folder or data set cannot be used."""
@@ -165,6 +165,11 @@ def load_images(name: str, root: str = "data", device: torch.device | str = "cpu
         train = (images[:4000], labels[:4000])
         test = (images[4000:], labels[4000:])
         sets = {"train": train, "test": test}
+        classes = PATTERNS
+    elif name == "scenes":
+        import scenes  # here, because that module is made of parts of this one
+
+        sets = scenes.load_crops()
         classes = PATTERNS
     elif name in TORCHVISION:
         sets, classes = load_torchvision(name, root)
