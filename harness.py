@@ -35,7 +35,8 @@ from common import (
     world_size,
 )
 
-DATA = "patterns, cifar10, cifar100, stl10, or a folder"
+DATA = "patterns, scenes, cifar10, cifar100, stl10, or a folder"
+RENDERED = ("patterns", "scenes")
 METRICS = {  # what the lines of a run call the figures it has
     "ap50": "AP50",
     "zero_shot_top1": "zero-shot top-1",
@@ -100,10 +101,10 @@ def flag(name):
 
 
 def recipe_for(data, recipes):
-    """The first recipe for the data it is named after, cifar10 for other small images, imagenet
-    for large ones; the second where the script has no recipes of these names."""
-    if data == recipes[0]:
-        return data
+    """The first recipe for rendered data, cifar10 for other small images, imagenet for large ones;
+    the second where the script has no recipes of these names."""
+    if data in RENDERED:
+        return recipes[0]
     if data in TORCHVISION or "imagenet" not in recipes:
         return recipes[1]
     first = next(image_files(Path(data)), None)

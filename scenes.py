@@ -22,6 +22,7 @@ from common import (
     fail,
     make_generator,
     patterns,
+    rank,
     read_image,
 )
 
@@ -273,7 +274,7 @@ def load_boxes(folder: Path | str, part: str) -> Scenes:
         label = ids.index(annotation["category_id"])
         boxes[picture].append([x1, y1, x2, y2])
         labels[picture].append(label)
-    if tiny:  # COCO itself has two of height 0
+    if tiny and rank() == 0:  # COCO itself has two of height 0
         print(f"{file}: left out {tiny} box(es) less than a pixel wide or high", flush=True)
     return Scenes(
         paths,

@@ -17,7 +17,6 @@ from results.methods import METHODS
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ("common", "harness", "captions", "evaluate")
 SMALL = {
     "batch_size": 16,
     "epochs": 2,

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import METHODS, ROOT, SHARED, run
-from results.methods import SCRIPTS, model_class
+from conftest import METHODS, ROOT, run
+from results.methods import SCRIPTS, SHARED, model_class
 
 METHOD_LINES = {"clip": 540}  # with two encoders and zero-shot; the others: 400
 DENSITY = dict.fromkeys(SHARED, 7.5)  # syntax nodes per line; scripts: 7.2
@@ -154,7 +154,7 @@ def test_lines_are_not_pressed(name):
     assert density(TREES[name], source_of(name)) <= DENSITY.get(name, 7.2)
 
 
-@pytest.mark.parametrize("name", ["common", "harness", "captions"])
+@pytest.mark.parametrize("name", ["common", "harness", "captions", "scenes"])
 def test_shared_modules_name_no_method(name):
     source = source_of(name)
     assert not set(re.findall(r"\w+", source)) & set(METHODS)
@@ -182,7 +182,8 @@ def imports(tree):
 def test_only_three_packages_and_two_modules(name):
     known = {"torch", "torchvision", "matplotlib", "PIL"}  # PIL comes with torchvision
     known |= {"common", "harness"}  # but no script imports another
-    known |= {"captions"} if name in ("clip", "evaluate", "captions") else set()
+    known |= {"captions"} if name in ("clip", "vild", "evaluate") else set()
+    known |= {"scenes"} if name in ("up_detr", "vild", "common") else set()
     assert not imports(TREES[name]) - sys.stdlib_module_names - known
 
 
