@@ -6,6 +6,7 @@ import gzip
 import html
 import io
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -346,7 +347,7 @@ def read_merges(path: str | Path) -> list[tuple[str, str]]:
         data = Path(path).read_bytes()
         text = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
         lines = text.decode().splitlines()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         fail(f"--merges {path}: {error}")
     merges = []
     for line in lines[1:48_895]:  # the first line is a title
