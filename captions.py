@@ -131,12 +131,13 @@ def read_table(folder):
     paths = []
     captions = []
     try:
-        lines = (folder / "captions.tsv").read_text(encoding="utf-8").splitlines()
+        with open(folder / "captions.tsv", encoding="utf-8-sig") as file:
+            lines = file.readlines()
     except (OSError, UnicodeDecodeError) as error:
         fail(f"cannot read {folder / 'captions.tsv'}: {error}")
     empty = 0
     for number, line in enumerate(lines, 1):
-        path, tab, caption = line.partition("\t")
+        path, tab, caption = line.rstrip("\n").partition("\t")
         if not tab:
             fail(f"{folder / 'captions.tsv'}, line {number}: no tab between path and caption")
         if not (folder / path).is_file():
@@ -158,7 +159,7 @@ def read_text_files(folder):
     every = sorted(image_files(folder))
     for path in every:
         try:
-            caption = Path(path).with_suffix(".txt").read_text(encoding="utf-8")
+            caption = Path(path).with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
         except OSError:
             left_out["no caption"] += 1
             continue
