@@ -255,7 +255,7 @@ def captioned_patterns(n: int, seed: int, pasted: float = 0.5):
         if said[i, 1]:
             words.append("pale" if drawn["pale"][i] else "dark")
         if said[i, 2] and drawn["tilt"][i].abs() > 0.2:
-            words.append("left-leaning" if drawn["tilt"][i] > 0 else "right-leaning")
+            words.append("right-leaning" if drawn["tilt"][i] > 0 else "left-leaning")
         article = "a " if noun.startswith("a ") else ""
         what = article + " ".join([*words, noun.removeprefix("a ")])
         if has_ground[i] and said[i, 3]:
