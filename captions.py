@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchvision
 
 import common
@@ -231,15 +232,19 @@ def captioned_patterns(n: int, seed: int, pasted: float = 0.5):
     grid = (torch.arange(32) + 0.5) / 16 - 1
     dx = (grid.view(1, 1, 1, 32) - uniform(-0.25, 0.25)).abs()
     dy = (grid.view(1, 1, 32, 1) - uniform(-0.25, 0.25)).abs()
-    half = uniform(0.6, 0.85)  # of the shape's width, where the image is 2 wide
+    half = uniform(0.6, 1.0)  # of the shape's width, where the image is 2 wide
     is_circle = (shapes == 0).view(n, 1, 1, 1)
     inside = torch.where(is_circle, dx.hypot(dy), torch.maximum(dx, dy)) < half
     colours = torch.tensor(list(GROUNDS.values()))[grounds].view(n, 3, 1, 1)
     colours = colours * uniform(0.7, 1) + uniform(-0.06, 0.06, 3)
+    blotches = 0.1 * torch.randn(n, 3, 4, 4, generator=generator)
+    colours = colours + F.interpolate(blotches, [32, 32], mode="bicubic")
     colours = colours + 0.04 * torch.randn(n, 3, 32, 32, generator=generator)
     colours = (colours.clamp(0, 1) * 255).round().byte()
-    shown = inside | ~has_ground.view(n, 1, 1, 1)
-    images = torch.where(shown, images, colours)
+    zoom = uniform(0.7, 1.6)  # how much more of the pattern a shape of one size shows
+    pasted = torch.where(inside, resize_patterns(images, zoom), colours)
+    images = torch.where(has_ground.view(n, 1, 1, 1), pasted, images)
+    frequency = drawn["frequency"] * torch.where(has_ground, zoom.flatten(), 1.0)
 
     said = torch.rand(n, 5, generator=generator) < SAID
     nouns = torch.randint(3, (n,), generator=generator)
@@ -248,9 +253,9 @@ def captioned_patterns(n: int, seed: int, pasted: float = 0.5):
     for i in range(n):
         noun = NOUNS[PATTERNS[labels[i]]][nouns[i]]
         words = []
-        if said[i, 0] and drawn["frequency"][i] > 9:
+        if said[i, 0] and frequency[i] > 9:
             words.append("fine")
-        if said[i, 0] and drawn["frequency"][i] < 7.5:
+        if said[i, 0] and frequency[i] < 7.5:
             words.append("coarse")
         if said[i, 1]:
             words.append("pale" if drawn["pale"][i] else "dark")
@@ -264,6 +269,16 @@ def captioned_patterns(n: int, seed: int, pasted: float = 0.5):
             what += " on " + list(GROUNDS)[grounds[i]]
         captions.append(FRAMES[frames[i]].format(what))
     return images, labels, grounds, captions
+
+
+def resize_patterns(images, zoom):
+    """images uint8 (n, 3, 32, 32), smaller by zoom (n, 1, 1, 1) around the centre, and mirrored at
+    the border."""
+    place = (torch.arange(32) + 0.5) / 16 - 1
+    rows, columns = torch.meshgrid(place, place, indexing="ij")
+    grid = torch.stack([columns, rows], dim=2) * zoom  # (n, 32, 32, 2)
+    found = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    return found.round().byte()
 
 
 # ------------------------------------------------------------------------------------- tokens

@@ -39,6 +39,8 @@ DATA = "patterns, scenes, cifar10, cifar100, stl10, or a folder"
 RENDERED = ("patterns", "scenes")
 METRICS = {  # what the lines of a run call the figures it has
     "ap50": "AP50",
+    "base_ap50": "base",
+    "novel_ap50": "novel",
     "zero_shot_top1": "zero-shot top-1",
     "image_to_text_top1": "image to text @1",
     "linear_top1": "linear top-1",

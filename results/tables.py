@@ -179,25 +179,57 @@ def findings(entries, _):
 
 
 def zero_shot(runs, _):
-    """Of what results/zero_shot.py records."""
-    columns = ["text encoder", "captions", "seeds", "ten families (%)", "on grounds (%)"]
+    """Of what `python -m results.series zero_shot` records."""
+    columns = ["text encoder", "seeds", "ten families (%)", "on grounds (%)"]
     columns += ["family and ground, 60-way: seen (%)", "held out (%)", "image to text @1 / @5 (%)"]
     columns += ["text to image @1 / @5 (%)", "linear (%)", "training (s)"]
     rows = []
-    for group in grouped(runs, "text", "captions"):
-        row = [group[0]["text"], group[0]["captions"], len(group)]
-        for key in ("zero_shot", "pasted", "seen", "held_out"):
-            row.append(spread(group, f"{key}_top1"))
-        for key in ("image_to_text", "text_to_image"):
-            row.append(f"{spread(group, f'{key}_top1')} / {spread(group, f'{key}_top5')}")
-        rows.append([*row, spread(group, "linear_top1"), spread(group, "seconds")])
-    row = ["random weights", "", len(runs)]
-    for key in ("zero_shot", "pasted", "seen", "held_out"):
-        row.append(spread(runs, f"random_{key}_top1"))
-    for key in ("image_to_text", "text_to_image"):
-        row.append(f"{spread(runs, f'random_{key}_top1')} / {spread(runs, f'random_{key}_top5')}")
-    rows.append([*row, spread(runs, "random_linear_top1"), ""])
+    for group in grouped(runs, "arm"):
+        rows.append([group[0]["arm"], len(group), *zero_shot_cells(group, "")])
+        rows[-1].append(spread(group, "seconds"))
+    rows.append(["random weights", len(runs), *zero_shot_cells(runs, "random_"), ""])
     return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
+def zero_shot_cells(runs, start):
+    cells = []
+    for key in ("zero_shot", "pasted", "seen", "held_out"):
+        cells.append(spread(runs, f"{start}{key}_top1"))
+    for key in ("image_to_text", "text_to_image"):
+        first = spread(runs, f"{start}{key}_top1")
+        cells.append(f"{first} / {spread(runs, f'{start}{key}_top5')}")
+    return [*cells, spread(runs, f"{start}linear_top1")]
+
+
+def open_vocabulary(runs, _):
+    """Of what `python -m results.series open_vocabulary` records. Of one series of runs come also
+    the rows of CLIP on crops and of chance."""
+    columns = ["detector", "seeds", "base AP50 (%)", "novel AP50 (%)", "base AP (%)"]
+    columns += ["novel AP (%)", "detection (ms per image)", "training (s)"]
+    rows = []
+    for group in grouped(runs, "arm"):
+        row = [group[0]["arm"], len(group)]
+        row += detector_cells(group, "")
+        row.append(spread(group, "detection_seconds", scale=1000))
+        rows.append([*row, spread(group, "seconds")])
+    distilled = [run for run in runs if run["arm"] == "ViLD-ensemble"]
+    if distilled:
+        for way, name in (("text", "its text head"), ("image", "its image head")):
+            rows.append([name, len(distilled), *detector_cells(distilled, f"{way}_"), "", ""])
+        row = ["CLIP on its proposals", len(distilled), *detector_cells(distilled, "teacher_")]
+        rows.append([*row, spread(distilled, "teacher_seconds", scale=1000), ""])
+        guess = spread(distilled, "guess_novel_ap50")
+        rows.append(["a guess among the novel names", len(distilled), "", guess, "", "", "", ""])
+    return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
+def detector_cells(runs, start):
+    cells = []
+    for key in ("ap50", "ap"):
+        for kind in ("base", "novel"):
+            name = f"{start}{kind}_{key}"
+            cells.append(spread(runs, name) if name in runs[0] else "")
+    return cells
 
 
 TABLES = {  # name: the file with the runs, and what makes the table of them
@@ -209,6 +241,7 @@ TABLES = {  # name: the file with the runs, and what makes the table of them
     "densecl_matches": ("densecl_matches", matches),
     "findings": ("findings", findings),
     "zero_shot": ("zero_shot", zero_shot),
+    "open_vocabulary": ("open_vocabulary", open_vocabulary),
 }
 
 

@@ -1,0 +1,125 @@
+"""Runs of one script in several arms, over seeds: what a table in results/README.md is made of.
+
+    python -m results.series zero_shot            # what is missing of one series
+    python -m results.series zero_shot --jobs 1
+
+Each run is the default recipe on one thread with the flags, or the one replaced function, of its
+arm. It adds a line to results/SERIES.jsonl: the name of the arm and its result.json."""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+
+from common import fail, make_generator
+
+FOLDER = Path(__file__).resolve().parent
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    script: str
+    flags: tuple = ()
+    change: str = ""  # the name of a function below
+
+
+def shuffle_captions(script):
+    """The captions go to other images, so all that can be learnt is which captions there are."""
+    load = script.load_captions
+
+    def changed(*arguments):
+        data = load(*arguments)
+        order = torch.randperm(len(data.captions), generator=make_generator("shuffled"))
+        data.captions = [data.captions[row] for row in order.tolist()]
+        return data
+
+    script.load_captions = changed
+
+
+SERIES = {
+    "zero_shot": [
+        Arm("transformer", "clip"),
+        Arm("cbow", "clip", ("--text", "cbow")),
+        Arm("transformer, captions shuffled", "clip", change="shuffle_captions"),
+    ],
+    "open_vocabulary": [
+        Arm("ViLD-text", "vild", ("--mode", "text")),
+        Arm("ViLD", "vild", ("--mode", "vild")),
+        Arm("ViLD-ensemble", "vild"),
+        Arm("all ten names labelled", "vild", ("--mode", "text", "--novel", "")),
+    ],
+}
+
+
+def train(arm, seed, out):
+    """One run in this process -> its line."""
+    torch.set_num_threads(1)
+    script = importlib.import_module(arm.script)
+    if arm.change:
+        globals()[arm.change](script)
+    words = [*arm.flags, "--seed", str(seed), "--out", str(out), "--overwrite"]
+    return {"arm": arm.name, **script.main(script.parse_args(words))}
+
+
+def missing(series):
+    """[(number of the arm, seed)] of the runs that have no line yet."""
+    path = FOLDER / f"{series}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
+    found = []
+    for number, arm in enumerate(SERIES[series]):
+        found += [(number, seed) for seed in SEEDS if (arm.name, seed) not in done]
+    return found
+
+
+def run(series, number, seed, runs):
+    """One run in a process of its own -> its line, as text."""
+    out = Path(runs) / f"{series}-{number}-{seed}"
+    words = [series, "--runs", runs, "--one", str(number), str(seed)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "results.series", *words], capture_output=True, text=True
+    )
+    if ended.returncode:
+        fail(f"{out}: {ended.stderr.strip()}")
+    return (out / "line.json").read_text()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.error = fail
+    parser.add_argument("series", choices=SERIES)
+    parser.add_argument("--runs", default="runs", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
+    parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)  # arm, seed
+    args = parser.parse_args(argv)
+    if args.one:
+        number, seed = args.one
+        out = Path(args.runs) / f"{args.series}-{number}-{seed}"
+        line = train(SERIES[args.series][number], seed, out)
+        (out / "line.json").write_text(json.dumps(line) + "\n")
+        return
+    lock = Lock()
+
+    def record(key):
+        line = run(args.series, *key, args.runs)
+        with lock, open(FOLDER / f"{args.series}.jsonl", "a") as file:
+            file.write(line)
+        found = json.loads(line)
+        print(f"{found['arm']}, seed {found['seed']}: recorded", flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(record, missing(args.series)))
+
+
+if __name__ == "__main__":
+    main()
