@@ -74,7 +74,8 @@ VITS = {  # width D, layers; a head for every 64 channels (table 19)
 # -------------------------------------------------------------------------------------- method
 def build_views(args):
     """Section 2.3: a random square crop is the only augmentation."""
-    # Paper: of the resized image. Here: at least crop_min of its area, as in open_clip.
+    # Paper: a crop of the resized image. Here: of at least crop_min of its area, because open_clip,
+    # which reproduced the paper's figures, crops so.
     view = Augment(
         size=args.size,
         scale=(args.crop_min, 1.0),
@@ -451,8 +452,8 @@ def train(args):
     run = harness.Run(args, model, optimizer, views)  # continues where a killed run stopped
     if run.is_new:  # the baseline: random weights
         run.log_start(evaluate(args, model, tokenizer, data))
-        if rank() == 0:
-            tokenizer.save(run.out / "merges.txt")
+    if rank() == 0:
+        tokenizer.save(run.out / "merges.txt")
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model) if world_size() > 1 else model
