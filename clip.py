@@ -53,7 +53,7 @@ SETTINGS = {
     "epochs":              (8,          30,         32,         "passes over the images"),
     "batch_size":          (256,        128,        32768,      "images per step, all processes"),
     "lr":                  (3e-3,       1e-3,       5e-4,       "whatever the batch"),
-    "beta2":               (0.98,       0.98,       0.98,       "of AdamW; paper's ResNets .999"),
+    "beta2":               (0.98,       0.999,      0.98,       "of AdamW; paper's ResNets .999"),
     "warmup_epochs":       (1.0,        0.5,        0.16,       "epochs of linear warm-up"),
     "weight_decay":        (0.2,        0.1,        0.2,        "not on gains, biases, scale"),
     "projection_dim":      (64,         1024,       512,        "C, width of the embedding"),
