@@ -273,6 +273,8 @@ class TextTransformer(nn.Module):
     def __init__(self, args, vocabulary):
         super().__init__()
         width = args.text_width
+        if width % args.text_heads:
+            fail(f"--text-heads {args.text_heads}: not a divisor of --text-width {width}")
         self.end = vocabulary - 1
         self.token_embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(0.01 * torch.randn(args.context, width))
