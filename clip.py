@@ -415,22 +415,21 @@ def load(path, device):
 def classify(args):
     """Prints, for each image, the most similar of some names and its share of the softmax."""
     device = launch()
-    if not args.images:
-        fail("--classify needs --images, a picture or a folder of them")
-    model, tokenizer, trained = load(Path(args.out) / "checkpoint.pt", device)
     names = [name.strip() for name in args.classify.split(",") if name.strip()]
+    if not names or not args.images:
+        fail("--classify needs names and --images, a picture or a folder of them")
+    model, tokenizer, trained = load(Path(args.out) / "checkpoint.pt", device)
     paths = image_paths(args.images)
     z = embed_images(model, read_images(paths, device), build_views(trained)[0], args.workers)
     templates = FRAMES if trained.data == "patterns" else TEMPLATES
     classes = embed_classes(model, tokenizer, names, templates)
     logits = model.log_scale.exp() * z @ classes.T  # (N, names)
-    shares = logits.softmax(1)
+    shares = 100 * logits.softmax(1)  # in percent
     found = []
     for path, share in zip(paths, shares):
         best = share.argmax().item()
-        percent = 100 * share[best].item()
         found.append(names[best])
-        print(f"{path}: {names[best]} ({percent:.0f} %)")
+        print(f"{path}: {names[best]} ({share[best]:.0f} %)")
     return found
 
 
