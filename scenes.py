@@ -15,15 +15,18 @@ from torchvision.transforms import functional as TF
 
 from common import (
     PATTERNS,
+    Batches,
     BrokenImage,
     crop,
     decode,
     decoded,
     fail,
+    image_files,
     make_generator,
     patterns,
-    rank,
     read_image,
+    to_device,
+    world_size,
 )
 
 SIDE = 64  # of a rendered scene, in pixels
@@ -68,6 +71,7 @@ class Scenes:
 def scenes(
     n: int,
     seed: int = 0,
+    part: str = "train",
     rare: tuple = (),
     rare_share: float = 0.1,
     distractors: bool = False,
@@ -75,7 +79,7 @@ def scenes(
     """n scenes of 64 x 64 pixels from a seed, the first of however many are drawn: one to three
     objects that do not overlap, each filled with one of the ten families of `patterns`.
 
-    rare: names of families that together make up rare_share of the objects (all are equally
+    part: any name; each has scenes of its own. rare: names of families that together make up rare_share of the objects (all are equally
     frequent without it). distractors: each scene also has a plain object, without box or label."""
     for name in rare:
         if name not in PATTERNS:
@@ -89,7 +93,7 @@ def scenes(
     boxes = []
     labels = []
     for chunk in range(math.ceil(n / CHUNK)):
-        generator = make_generator("scenes", seed, chunk)
+        generator = make_generator("scenes", part, seed, chunk)
         drawn = draw_scenes(CHUNK, frequency, distractors, generator)
         images.append(drawn[0])
         for place, label, present in zip(*drawn[1:]):
@@ -219,9 +223,9 @@ def object_crops(found: Scenes, size: int = 32) -> tuple[torch.Tensor, torch.Ten
 def load_crops(n: int = 4000, seed: int = 0) -> dict:
     """What --data scenes is: whole scenes to learn from, and crops of the objects of others, with
     their families, to judge the features by. {"pretrain", "train", "test"}: (images, labels)."""
-    unlabelled = scenes(n, seed)
-    train = scenes(n // 2, seed + 1)
-    test = scenes(n // 4, seed + 2)
+    unlabelled = scenes(n, seed, "unlabelled")
+    train = scenes(n // 2, seed, "train")
+    test = scenes(n // 4, seed, "test")
     return {
         "pretrain": (unlabelled.images,),
         "train": object_crops(train),
@@ -274,7 +278,7 @@ def load_boxes(folder: Path | str, part: str) -> Scenes:
         label = ids.index(annotation["category_id"])
         boxes[picture].append([x1, y1, x2, y2])
         labels[picture].append(label)
-    if tiny and rank() == 0:  # COCO itself has two of height 0
+    if tiny:  # COCO itself has two of height 0
         print(f"{file}: left out {tiny} box(es) less than a pixel wide or high", flush=True)
     return Scenes(
         paths,
@@ -330,10 +334,11 @@ class Squares(torch.utils.data.Dataset):
 def read(images: torch.Tensor | list, rows: torch.Tensor, size: int, workers: int = 0):
     """For each row of rows (steps, B), those pictures as uint8 (B, 3, size, size)."""
     if not torch.is_tensor(images):
-        yield from decoded(decode(Squares(images, size), rows.tolist(), workers))
+        batches = [row.tolist() for row in rows]
+        yield from decoded(decode(Squares(images, size), batches, workers))
         return
-    for row in rows.to(images.device):
-        batch = images[row]
+    for row in rows:
+        batch = images[row.to(images.device)]
         if batch.shape[-1] != size:
             batch = TF.resize(batch, [size, size])
         yield batch
@@ -347,6 +352,108 @@ def read_picture(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         fail(error)
     square = TF.resize(image, [size, size])
     return TF.pil_to_tensor(image), TF.pil_to_tensor(square).unsqueeze(0)
+
+
+@dataclass
+class SceneData:
+    """What a detector trains on: images without boxes, and scenes with them to train and test on;
+    None where there are no boxes."""
+
+    name: str
+    pretrain: torch.Tensor | list
+    train: Scenes | None
+    test: Scenes | None
+    classes: list
+    large: bool = False  # there is no linear classifier to leave to evaluate.py
+
+
+def load_scenes(
+    name: str,
+    seed: int = 0,
+    unlabelled: int = 0,
+    labelled: int = 0,
+    device: torch.device | str = "cpu",
+) -> SceneData:
+    """`scenes`, drawn anew for each seed, or a folder: in COCO's layout (parts train and val), or
+    any tree of pictures, which has no boxes. unlabelled and labelled: how many pictures of each
+    kind, 0 for all there are (of scenes: 4000 and 1000)."""
+    if name == "scenes":
+        images = scenes(unlabelled or 4000, seed, "unlabelled").images.to(device)
+        train = scenes(labelled or 1000, seed, "train")
+        test = scenes(500, seed, "test")
+        for part in (train, test):
+            part.images = part.images.to(device)
+        return SceneData(name, images, train, test, PATTERNS)
+    folder = Path(name)
+    train = None
+    test = None
+    classes = []
+    if (folder / "annotations").is_dir():
+        train = load_boxes(folder, "train")
+        test = load_boxes(folder, "val")
+        classes = train.classes
+        if classes != test.classes:
+            fail(f"{folder}: train and val have different categories")
+        images = train.images
+    elif folder.is_dir():
+        images = sorted(image_files(folder))
+    else:
+        fail(f"--data {folder}: no such folder, nor scenes")
+    images = choose(images, unlabelled, seed)
+    if train is not None:
+        train = choose(train, labelled, seed)
+    return SceneData(folder.resolve().name, images, train, test, classes)
+
+
+def choose(found, n, seed):
+    """n of the pictures, or all of them if n is 0 or too many."""
+    if n == 0 or n >= len(found):
+        return found
+    order = torch.randperm(len(found), generator=make_generator("choose", seed))
+    rows = order[:n].tolist()
+    return found.part(rows) if isinstance(found, Scenes) else [found[row] for row in rows]
+
+
+class Pictures:
+    """What a detector's script loops over: each step yields the indices of this process's pictures
+    (B,) and the pictures, uint8 (B, 3, size, size), on the device. The order is a function of
+    (seed, epoch); W processes together see the batches of one."""
+
+    def __init__(
+        self,
+        images: torch.Tensor | list,
+        size: int,
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        workers: int = 0,
+    ):
+        self.images = images
+        self.size = size
+        self.device = torch.device(device)
+        self.batches = Batches(len(images), batch_size, seed)
+        self.workers = workers
+        if batch_size % world_size():
+            fail(f"a batch of {batch_size} cannot be divided among {world_size()} processes")
+        if batch_size > len(images):
+            fail(f"a batch of {batch_size}, but there are only {len(images)} pictures")
+
+    def set_epoch(self, epoch: int):
+        self.batches.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def read(self, rows: torch.Tensor) -> torch.Tensor:
+        """These pictures (n,), uint8 (n, 3, size, size), on the device."""
+        batches = read(self.images, rows.view(1, -1), self.size)
+        return to_device(next(iter(batches)), self.device)
+
+    def __iter__(self):
+        rows = self.batches.rows()
+        batches = read(self.images, rows, self.size, self.workers)
+        for row, images in zip(rows, batches):
+            yield row, to_device(images, self.device)
 
 
 # ---------------------------------------------------------------------------- average precision
