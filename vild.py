@@ -378,14 +378,16 @@ class Teacher:
 
 
 def cut(image, boxes, scale, size):
-    """image uint8 (3, S, S), boxes (m, 4) -> what lies in them, as uint8 (m, 3, size, size)."""
+    """image uint8 (3, S, S), boxes (m, 4) -> what lies in them, (m, 3, size, size), 0 to 255."""
     _, height, width = image.shape
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
     half = scale * (boxes[:, 2:] - boxes[:, :2]) / 2
     wider = clip_boxes_to_image(torch.cat([centre - half, centre + half], dim=1), (height, width))
     x1, y1, x2, y2 = wider.unbind(1)
-    tall = (y2 - y1).clamp(min=1)
-    wide = (x2 - x1).clamp(min=1)
+    y1 = y1.clamp(max=height - 2)
+    x1 = x1.clamp(max=width - 2)
+    tall = (y2 - y1).clamp(min=2)  # or there might be no pixel whose centre is inside
+    wide = (x2 - x1).clamp(min=2)
     unflipped = torch.zeros(len(boxes), dtype=torch.bool, device=image.device)
     batch = image.float().expand(len(boxes), -1, -1, -1)
     return crop(batch, torch.stack([y1, x1, tall, wide], dim=1), unflipped, size)
