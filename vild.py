@@ -496,8 +496,9 @@ def average(found, test, is_base):
     for kind, chosen in (("base", is_base), ("novel", ~is_base)):
         for key in ("ap50", "ap"):
             per_class = torch.tensor(found[f"{key}_per_class"])[chosen]
+            per_class = per_class[~per_class.isnan()]  # of names that have objects
             if len(per_class) > 0:
-                metrics[f"{kind}_{key}"] = per_class.nanmean().item()
+                metrics[f"{kind}_{key}"] = per_class.mean().item()
     return metrics
 
 
@@ -555,7 +556,9 @@ def measure(args, model, teacher, data, by_teacher=False):
         metrics["guess_novel_ap50"] = average(guesses, data.test, is_base.cpu()).get("novel_ap50")
         metrics |= {key: value / len(data.test) for key, value in seconds.items()}
         for key, hits in recalled.items():
-            metrics[key] = 100 * torch.cat(hits).float().mean().item()
+            hits = torch.cat(hits)
+            if len(hits) > 0:
+                metrics[key] = 100 * hits.float().mean().item()
     return metrics
 
 
