@@ -719,7 +719,7 @@ def draw_report(run, data, title):
     figure = Figure(figsize=(16, 10), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 4).flatten()
-    images = data.test_pictures.read(torch.arange(4))
+    images = data.test_pictures.read(torch.arange(min(4, len(data.test))))
     found = detect(args, model, images, data.names, data.is_base)[args.mode]
     for axis, image, detections in zip(axes, images, found):
         draw_detections(axis, image.cpu(), detections, data.classes, data.is_base.tolist())
