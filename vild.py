@@ -835,7 +835,7 @@ def parse_args(argv=None):
 
 def main(args):
     with harness.clean_exit():  # Ctrl-C, SIGTERM, out of memory: one line, and the group is left
-        return show(args) if args.detect else train(args)
+        return train(args) if args.detect is None else show(args)
 
 
 if __name__ == "__main__":
