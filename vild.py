@@ -798,7 +798,7 @@ def show(args):
         print(f"{names[labels[row]]} ({100 * scores[row].item():.0f} %) at {place}")
     print(f"{len(shown)} found with a score over {LEAST_SCORE}", flush=True)
     print(f"drawn in {Path(args.out) / 'detections.png'}")
-    return found
+    return boxes, scores, labels
 
 
 # ------------------------------------------------------------------------------------ skeleton
