@@ -457,7 +457,7 @@ def detect(args, model, images, names, is_base):
 def refine(args, model, hidden, proposals):
     """The boxes (n, 4) of each image, as the regressor moves its proposals."""
     corners = [found[:, :4] for found in proposals]
-    boxes = model.coder.decode(model.box_regressor(hidden), corners)[:, 0]
+    boxes = model.coder.decode(model.box_regressor(hidden), corners).view(-1, 4)
     boxes = clip_boxes_to_image(boxes, (args.size, args.size))
     return boxes.split([len(found) for found in proposals])
 
