@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, METHODS, checkpoint_of, run
+from conftest import METHODS, ROOT, checkpoint_of, run
 
 EPOCHS = 10  # of 20 to 30
 FLOORS = {  # kNN top-1 in percent after EPOCHS; random weights: 20 to 25, densecl and moco_v3 to 43

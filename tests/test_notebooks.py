@@ -14,7 +14,7 @@ from collections import Counter
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, METHODS
+from conftest import METHODS, ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 

@@ -4,14 +4,15 @@ import importlib
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, METHODS, error_line, small_args
+from conftest import METHODS, ROOT, error_line, small_args
 
 import common
 import harness
-from results import cifar10, methods, steps, tables
+from results import cifar10, methods, series, steps, tables
 
 PARENTS = {
     "barlow": "simclr",
@@ -103,6 +104,57 @@ def test_a_step_is_finished_as_in_train(script):
         assert all(torch.equal(p, q) for p, q in zip(target.parameters(), online.parameters()))
     if hasattr(model, "prototypes"):
         assert torch.equal(model.queue[:16, 0], z[:16])
+
+
+# -------------------------------------------------------------------------------------- series
+def test_arms_of_a_series_can_be_run():
+    """Their flags are known, their changes are functions, and no two have one name."""
+    for arms in series.SERIES.values():
+        assert len({arm.name for arm in arms}) == len(arms)
+        for arm in arms:
+            script = importlib.import_module(arm.script)
+            script.parse_args([*arm.flags, "--seed", "2"])
+            assert not arm.change or callable(getattr(series, arm.change))
+
+
+def test_a_run_of_a_series_is_that_of_the_script(folder, tmp_path):
+    script = importlib.import_module("simclr")
+    flags = ("--data", str(folder), "--epochs", "1", "--batch-size", "16", "--workers", "0")
+    flags += ("--recipe", "patterns")
+    line = series.train(series.Arm("as it is", "simclr", flags), 3, tmp_path / "series")
+    words = [*flags, "--seed", "3", "--out", str(tmp_path / "script")]
+    result = script.main(script.parse_args(words))
+    for part in ("seconds", "images_per_second"):
+        del line[part], result[part]
+    assert line == {"arm": "as it is", **result}
+
+
+def test_captions_are_shuffled_for_the_control(monkeypatch):
+    captions = [str(number) for number in range(100)]
+    loaded = SimpleNamespace(captions=captions.copy())
+    script = SimpleNamespace(load_captions=lambda name: loaded)
+    series.shuffle_captions(script)
+    found = script.load_captions("patterns").captions
+    assert sorted(found, key=int) == captions
+    assert sum(a == b for a, b in zip(found, captions)) < 10
+
+
+def test_a_series_runs_what_is_missing(tmp_path, monkeypatch, capsys):
+    def run(name, number, seed, runs):
+        return json.dumps({"arm": series.SERIES[name][number].name, "seed": seed}) + "\n"
+
+    monkeypatch.setattr(series, "FOLDER", tmp_path)
+    monkeypatch.setattr(series, "run", run)
+    known = {"arm": series.SERIES["zero_shot"][1].name, "seed": 2}
+    (tmp_path / "zero_shot.jsonl").write_text(json.dumps(known) + "\n")
+    series.main(["zero_shot"])
+    lines = (tmp_path / "zero_shot.jsonl").read_text().splitlines()
+    found = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
+    assert len(lines) == len(found) == len(series.SERIES["zero_shot"]) * len(series.SEEDS)
+    assert series.missing("zero_shot") == []
+    series.main(["zero_shot"])
+    assert (tmp_path / "zero_shot.jsonl").read_text().splitlines() == lines
+    assert "recorded" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------- cifar10

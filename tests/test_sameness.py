@@ -209,6 +209,21 @@ def test_the_measured_result_is_the_recorded_one(name):
     assert said in ast.get_docstring(TREES[name])
 
 
+def recorded(series, arm):
+    """The runs of one arm of what results/series.py records."""
+    path = ROOT / "results" / f"{series}.jsonl"
+    return [run for run in map(json.loads, path.read_text().splitlines()) if run["arm"] == arm]
+
+
+def test_the_measured_result_of_clip_is_the_recorded_one():
+    runs = recorded("zero_shot", "transformer")
+    found = mean(runs, "zero_shot_top1")
+    start = mean(runs, "random_zero_shot_top1")
+    said = f"Measured: {found:.1f} % zero-shot top-1 on patterns (random weights {start:.1f} %), "
+    said += f"mean of {len(runs)} seeds."
+    assert said in ast.get_docstring(TREES["clip"])
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
 def test_nothing_large_is_committed():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
