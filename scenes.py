@@ -79,8 +79,9 @@ def scenes(
     """n scenes of 64 x 64 pixels from a seed, the first of however many are drawn: one to three
     objects that do not overlap, each filled with one of the ten families of `patterns`.
 
-    part: any name; each has scenes of its own. rare: names of families that together make up rare_share of the objects (all are equally
-    frequent without it). distractors: each scene also has a plain object, without box or label."""
+    part: any name; each has scenes of its own. rare: names of families that together make up
+    rare_share of the objects (all are equally frequent without it). distractors: each scene also
+    has a plain object, without box or label."""
     for name in rare:
         if name not in PATTERNS:
             fail(f"{name}: not one of {', '.join(PATTERNS)}")

@@ -76,8 +76,10 @@ def missing(series):
     lines = path.read_text().splitlines() if path.exists() else []
     done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
     found = []
-    for number, arm in enumerate(SERIES[series]):
-        found += [(number, seed) for seed in SEEDS if (arm.name, seed) not in done]
+    for seed in SEEDS:
+        for number, arm in enumerate(SERIES[series]):
+            if (arm.name, seed) not in done:
+                found.append((number, seed))
     return found
 
 
