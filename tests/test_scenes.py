@@ -83,7 +83,7 @@ def test_textures_are_those_of_patterns():
 def test_rare_families_have_their_share():
     rare = ("zigzag", "bricks", "pinwheel")
     for share in (0.1, 0.3):
-        labels = torch.cat(scenes.scenes(750, 1, rare, share).labels)
+        labels = torch.cat(scenes.scenes(750, 1, "train", rare, share).labels)
         is_rare = torch.isin(labels, torch.tensor([PATTERNS.index(name) for name in rare]))
         assert abs(is_rare.float().mean() - share) < 0.03
         counts = torch.bincount(labels, minlength=10)
@@ -91,7 +91,7 @@ def test_rare_families_have_their_share():
 
 
 def test_an_unknown_family_is_named(capsys):
-    assert "spots" in error_line(capsys, scenes.scenes, 10, 0, ("spots",))
+    assert "spots" in error_line(capsys, scenes.scenes, 10, 0, "", ("spots",))
 
 
 def test_distractors_are_drawn_beside_the_objects(drawn):
