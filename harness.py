@@ -364,7 +364,8 @@ def summary(result, data):
             parts.append(text)
     if not data.test:
         return ", ".join(["trained; its evaluation needs labels", *parts])
-    parts.append(f"chance {100 / len(data.classes):.1f} %")
+    if "ap50" not in result:
+        parts.append(f"chance {100 / len(data.classes):.1f} %")
     if data.large:
         parts.append("linear evaluation by evaluate.py")
     return ", ".join(parts)
