@@ -53,8 +53,8 @@ SERIES = {
     ],
     "open_vocabulary": [
         Arm("ViLD-text", "vild", ("--mode", "text")),
-        Arm("ViLD", "vild", ("--mode", "vild")),
-        Arm("ViLD-ensemble", "vild"),
+        Arm("ViLD", "vild"),
+        Arm("ViLD-ensemble", "vild", ("--mode", "ensemble")),
         Arm("all ten names labelled", "vild", ("--mode", "text", "--novel", "")),
     ],
 }
