@@ -408,9 +408,10 @@ class Teacher:
         for scale in (1.0, 1.5):
             parts = []
             for image, boxes in zip(images, regions):
-                pixels = cut(image, boxes, scale, self.view.size)
-                x = self.view.plain(pixels)
-                parts.append(self.model.encode_image(x))
+                for few in boxes.split(32):  # each is cut from a copy of the image
+                    pixels = cut(image, few, scale, self.view.size)
+                    x = self.view.plain(pixels)
+                    parts.append(self.model.encode_image(x))
             total = total + torch.cat(parts)
         z = F.normalize(total, dim=1)
         counts = [len(boxes) for boxes in regions]
