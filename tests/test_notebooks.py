@@ -179,6 +179,17 @@ def executed():
     return dict(zip(names, asyncio.run(run_all())))
 
 
+def kinds(cell):
+    """What a cell shows. A busy machine makes torch warn on stderr at times: that is printed here."""
+    found = []
+    for output in cell.outputs:
+        if output.get("name") == "stderr":
+            print(output["text"])
+        else:
+            found.append(output["output_type"])
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs_from_a_clean_state(name, executed):
@@ -186,5 +197,4 @@ def test_runs_from_a_clean_state(name, executed):
     cells = executed[name]
     if isinstance(cells, CellExecutionError):
         raise cells
-    shown = [len(cell.outputs) for cell in code(read(name))]
-    assert [len(cell.outputs) for cell in cells] == shown
+    assert [kinds(cell) for cell in cells] == [kinds(cell) for cell in code(read(name))]
