@@ -180,7 +180,7 @@ def executed():
 
 
 def kinds(cell):
-    """What a cell shows. A busy machine makes torch warn on stderr at times: that is printed here."""
+    """What a cell shows. On a busy machine torch may warn on stderr, which is printed instead."""
     found = []
     for output in cell.outputs:
         if output.get("name") == "stderr":
