@@ -1710,4 +1710,4 @@ def test_the_default_recipe_finds_what_nobody_labelled(tmp_path):
     flags = ["--teacher", str(teacher / "checkpoint.pt"), "--out", str(tmp_path / "vild")]
     result = vild.main(vild.parse_args(flags))
     assert result["novel_ap50"] >= 40 and result["base_ap50"] >= 85
-    assert result["novel_ap50"] > result["text_novel_ap50"] + 20
+    assert result["novel_ap50"] > result["guess_novel_ap50"] + 20
