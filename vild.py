@@ -583,7 +583,7 @@ def measure(args, model, teacher, data, by_teacher=False):
     """Average precision on the test images; with by_teacher also CLIP's on the same proposals, the
     seconds per image of both, and how many of the objects the proposals contain."""
     model.eval()
-    is_base = data.is_base.cpu()
+    is_base = data.judged_base
     found = {}
     for rows in torch.arange(len(data.test)).split(25):
         images = data.test_pictures.read(rows)
@@ -627,7 +627,7 @@ def race(args, model, teacher, data, metrics):
             overlaps = F.pad(overlaps, [0, 1])  # also without a proposal
             labels = data.test.labels[row]
             hits.append(overlaps.amax(1) >= 0.5)
-            kinds.append(data.is_base.cpu()[labels])
+            kinds.append(data.judged_base[labels])
     metrics["detection_seconds"] = seconds / len(data.test)
     metrics["teacher_seconds"] = teacher_seconds / len(data.test)
     hits = torch.cat(hits).float()
@@ -644,6 +644,7 @@ class Detection:
     names with CLIP's embeddings."""
 
     def __init__(self, args, teacher, device):
+        rare = ()
         if args.data == "scenes":
             rare = tuple(SETTINGS["novel"][0].split(","))  # whichever of them are novel
             train = scenes.scenes(2000, args.seed, "detect", rare, 0.1, True)
@@ -665,6 +666,8 @@ class Detection:
         self.large = False
         self.test = test
         self.is_base = torch.tensor([name not in novel for name in train.classes]).to(device)
+        apart = novel or rare  # where all names are labelled, figures of the rare ones stand apart
+        self.judged_base = torch.tensor([name not in apart for name in train.classes])
         self.names = teacher.embed_names(train.classes)
         self.pictures = scenes.Pictures(
             train.images, args.size, args.batch_size, device, args.seed, args.workers

@@ -877,6 +877,8 @@ def test_base_names_are_numbered_anew_and_the_test_keeps_all(novel, monkeypatch)
     base = [name for name in PATTERNS if name not in names]
     assert data.is_base.tolist() == [name in base for name in PATTERNS]
     assert data.classes == PATTERNS and len(data.names) == 10
+    apart = names or ["zigzag", "bricks", "pinwheel"]  # where all are labelled, the rare ones
+    assert data.judged_base.tolist() == [name not in apart for name in PATTERNS]
     for row in range(8):
         expected = [(box, PATTERNS[label]) for box, label in zip(
             (drawn.boxes[row] / 2).tolist(), drawn.labels[row].tolist())]  # fmt: skip
@@ -1142,10 +1144,8 @@ def test_what_is_measured(novel):
     z = names_of(4)[[0, 3, 1]]
     model = Hand([proposals], z)
     args = tiny_args(mode="vild")
-    data = Namespace(
-        names=names_of(4), is_base=torch.tensor([name not in novel for name in "abcd"])
-    )
-    data.test = test
+    is_base = torch.tensor([name not in novel for name in "abcd"])
+    data = Namespace(names=names_of(4), is_base=is_base, judged_base=is_base, test=test)
     data.test_pictures = scenes.Pictures(test.images, 32, 1)
     found = vild.measure(args, model, Slow(), data, by_teacher=True)
     numbers = {key: value for key, value in found.items() if value is not None}
