@@ -214,7 +214,7 @@ def open_vocabulary(runs, _):
         rows.append([*row, spread(group, "seconds")])
     distilled = [run for run in runs if run["arm"] == "ViLD-ensemble"]
     if distilled:
-        for way, name in (("text", "its text head"), ("image", "its image head")):
+        for way, name in (("text", "the ensemble's text head"), ("image", "its image head")):
             rows.append([name, len(distilled), *detector_cells(distilled, f"{way}_"), "", ""])
         row = ["CLIP on its proposals", len(distilled), *detector_cells(distilled, "teacher_")]
         rows.append([*row, spread(distilled, "teacher_seconds", scale=1000), ""])
