@@ -122,6 +122,7 @@ def read_images(paths, device):
 
 
 def select(items, rows):
+    """These rows of a tensor, or of a list."""
     if torch.is_tensor(items):
         return items[rows.to(items.device)]
     return [items[row] for row in rows.tolist()]

@@ -27,7 +27,7 @@ import torchvision
 from torch import nn
 
 import harness
-from captions import FRAMES, TEMPLATES, Tokenizer, read_merges
+from captions import FRAMES, TEMPLATES, Tokenizer, read_merges, select
 from common import (
     Augment,
     Views,
@@ -323,12 +323,6 @@ def train_heads(backbone, data, rows, view, device, epochs, rates, workers, batc
             optimizer.step()
         schedule.step()
     return heads.requires_grad_(False)
-
-
-def select(images, rows):
-    if torch.is_tensor(images):
-        return images[rows.to(images.device)]
-    return [images[i] for i in rows.tolist()]
 
 
 # ------------------------------------------------------------------------------------- program

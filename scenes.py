@@ -21,7 +21,6 @@ from common import (
     decode,
     decoded,
     fail,
-    image_files,
     make_generator,
     patterns,
     read_image,
@@ -353,66 +352,6 @@ def read_picture(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         fail(error)
     square = TF.resize(image, [size, size])
     return TF.pil_to_tensor(image), TF.pil_to_tensor(square).unsqueeze(0)
-
-
-@dataclass
-class SceneData:
-    """What a detector trains on: images without boxes, and scenes with them to train and test on;
-    None where there are no boxes."""
-
-    name: str
-    pretrain: torch.Tensor | list
-    train: Scenes | None
-    test: Scenes | None
-    classes: list
-    large: bool = False  # there is no linear classifier to leave to evaluate.py
-
-
-def load_scenes(
-    name: str,
-    seed: int = 0,
-    unlabelled: int = 0,
-    labelled: int = 0,
-    device: torch.device | str = "cpu",
-) -> SceneData:
-    """`scenes`, drawn anew for each seed, or a folder: in COCO's layout (parts train and val), or
-    any tree of pictures, which has no boxes. unlabelled and labelled: how many pictures of each
-    kind, 0 for all there are (of scenes: 4000 and 1000)."""
-    if name == "scenes":
-        images = scenes(unlabelled or 4000, seed, "unlabelled").images.to(device)
-        train = scenes(labelled or 1000, seed, "train")
-        test = scenes(500, seed, "test")
-        for part in (train, test):
-            part.images = part.images.to(device)
-        return SceneData(name, images, train, test, PATTERNS)
-    folder = Path(name)
-    train = None
-    test = None
-    classes = []
-    if (folder / "annotations").is_dir():
-        train = load_boxes(folder, "train")
-        test = load_boxes(folder, "val")
-        classes = train.classes
-        if classes != test.classes:
-            fail(f"{folder}: train and val have different categories")
-        images = train.images
-    elif folder.is_dir():
-        images = sorted(image_files(folder))
-    else:
-        fail(f"--data {folder}: no such folder, nor scenes")
-    images = choose(images, unlabelled, seed)
-    if train is not None:
-        train = choose(train, labelled, seed)
-    return SceneData(folder.resolve().name, images, train, test, classes)
-
-
-def choose(found, n, seed):
-    """n of the pictures, or all of them if n is 0 or too many."""
-    if n == 0 or n >= len(found):
-        return found
-    order = torch.randperm(len(found), generator=make_generator("choose", seed))
-    rows = order[:n].tolist()
-    return found.part(rows) if isinstance(found, Scenes) else [found[row] for row in rows]
 
 
 class Pictures:
