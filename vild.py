@@ -304,7 +304,7 @@ def choose(labels, n, share, generator):
 
 
 def sample_regions(proposals, boxes, labels, n, generator):
-    """n regions of an image, a quarter of them objects: proposals and the true boxes themselves.
+    """n regions per image, at most a quarter of them objects, of the proposals and the true boxes.
     Returns them (n, 4), the box each should be (n, 4), and the class (n,): 0, or 1 + label."""
     candidates = torch.cat([proposals, boxes])
     if len(boxes) == 0:
