@@ -21,6 +21,7 @@ from common import (
     decode,
     decoded,
     fail,
+    image_files,
     make_generator,
     patterns,
     read_image,
@@ -36,6 +37,8 @@ TRIES = 40  # places tried for an object before it is left out
 CHUNK = 250  # scenes rendered at a time
 OCTAVES = {2: 0.12, 4: 0.10, 8: 0.08, 16: 0.06}  # the ground: {blotches per side: their contrast}
 RECALLS = 101  # recalls at which precision is averaged
+TEST_SEED = 1000  # test scenes are drawn from seeds that nothing was chosen on
+SURE = 0.3  # score from which a detection is drawn
 DETECTIONS = 100  # at most, per picture and class
 THRESHOLDS = [0.5 + 0.05 * step for step in range(10)]  # of the overlap, for AP
 
@@ -53,6 +56,24 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def targets(self, rows: torch.Tensor, flip: torch.Tensor) -> list:
+        """The boxes of these pictures (B,): the place in the batch of the picture each is in (T,),
+        labels (T,), and boxes (T, 4) as centre and sides, from 0 to 1, mirrored where flip (B,)."""
+        place = []
+        labels = []
+        boxes = []
+        for number, row in enumerate(rows.tolist()):
+            x1, y1, x2, y2 = self.boxes[row].unbind(1)
+            width, height = self.sizes[row]
+            if flip[number]:
+                x1, x2 = width - x2, width - x1
+            centre = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height]
+            sides = [(x2 - x1) / width, (y2 - y1) / height]
+            boxes.append(torch.stack(centre + sides, dim=1))
+            labels.append(self.labels[row])
+            place.append(torch.full_like(self.labels[row], number))
+        return [torch.cat(place), torch.cat(labels), torch.cat(boxes)]
 
     def part(self, rows: list) -> "Scenes":
         """Only these pictures."""
@@ -354,6 +375,66 @@ def read_picture(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return TF.pil_to_tensor(image), TF.pil_to_tensor(square).unsqueeze(0)
 
 
+@dataclass
+class SceneData:
+    """What a detector trains on: images without boxes, and scenes with them to train and test on;
+    None where there are no boxes."""
+
+    name: str
+    pretrain: torch.Tensor | list
+    train: Scenes | None
+    test: Scenes | None
+    classes: list
+    large: bool = False  # there is no linear classifier to leave to evaluate.py
+
+
+def load_scenes(
+    name: str,
+    seed: int = 0,
+    unlabelled: int = 0,
+    labelled: int = 0,
+    device: torch.device | str = "cpu",
+) -> SceneData:
+    """`scenes`, drawn anew for each seed, or a folder: in COCO's layout (parts train and val), or
+    any tree of pictures, which has no boxes. unlabelled and labelled: how many pictures of each
+    kind, 0 for all there are (of scenes: 4000 and 1000)."""
+    if name == "scenes":
+        images = scenes(unlabelled or 4000, seed, "unlabelled").images.to(device)
+        train = scenes(labelled or 1000, seed, "train")
+        test = scenes(500, TEST_SEED + seed, "test")
+        for part in (train, test):
+            part.images = part.images.to(device)
+        return SceneData(name, images, train, test, PATTERNS)
+    folder = Path(name)
+    train = None
+    test = None
+    classes = []
+    if (folder / "annotations").is_dir():
+        train = load_boxes(folder, "train")
+        test = load_boxes(folder, "val")
+        classes = train.classes
+        if classes != test.classes:
+            fail(f"{folder}: train and val have different categories")
+        images = train.images
+    elif folder.is_dir():
+        images = sorted(image_files(folder))
+    else:
+        fail(f"--data {folder}: no such folder, nor scenes")
+    images = choose(images, unlabelled, seed)
+    if train is not None:
+        train = choose(train, labelled, seed)
+    return SceneData(folder.resolve().name, images, train, test, classes)
+
+
+def choose(found, n, seed):
+    """n of the pictures, or all of them if n is 0 or too many."""
+    if n == 0 or n >= len(found):
+        return found
+    order = torch.randperm(len(found), generator=make_generator("choose", seed))
+    rows = order[:n].tolist()
+    return found.part(rows) if isinstance(found, Scenes) else [found[row] for row in rows]
+
+
 class Pictures:
     """What a detector's script loops over: each step yields the indices of this process's pictures
     (B,) and the pictures, uint8 (B, 3, size, size), on the device. The order is a function of
@@ -433,6 +514,32 @@ def average_precision(found: list, boxes: list, labels: list, classes: int) -> d
     }
 
 
+@torch.no_grad()
+def evaluate(detect, test: Scenes, size: int, device, batch_size: int = 50) -> dict[str, float]:
+    """ap50, ap and ap75 on test pictures. detect(images): uint8 (B, 3, size, size) -> for each
+    image its boxes (n, 4) as x1, y1, x2, y2 from 0 to 1, scores (n,) and labels (n,). Every process
+    does all of it."""
+    found = []
+    rows = torch.arange(len(test))
+    for row in rows.split(batch_size):
+        (images,) = read(test.images, row.unsqueeze(0), size)
+        for boxes, scores, labels in detect(images.to(device)):
+            sizes = torch.tensor(test.sizes[len(found)] * 2)
+            found.append((boxes.cpu() * sizes, scores.cpu(), labels.cpu()))
+    result = average_precision(found, test.boxes, test.labels, len(test.classes))
+    return {name: result[name] for name in ("ap50", "ap", "ap75")}
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of each box of a (..., 4) with the same one of b."""
+    least = torch.maximum(a[..., :2], b[..., :2])
+    most = torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (most - least).clamp(min=0).prod(-1)
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    return shared / (area_a + area_b - shared)
+
+
 def find_hits(overlaps, objects):
     """overlaps[detection][object], detections by falling score -> bool (detections, thresholds).
     Each detection takes the free object that it overlaps most; each object is taken once."""
@@ -475,6 +582,25 @@ def interpolate(scores, hits, objects):
 
 
 # -------------------------------------------------------------------------------------- drawing
+def draw_detections(axis, image, found, classes):
+    """What a detector found (boxes from 0 to 1, scores, labels) on the image, if it is sure."""
+    boxes, scores, labels = found
+    height, width = image.shape[1:]
+    boxes = boxes.cpu() * torch.tensor([width, height] * 2)
+    texts = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, scores)]
+    sure = (scores > SURE).nonzero()[:, 0].tolist()
+    draw_boxes(axis, image, boxes[sure], [texts[number] for number in sure])
+
+
+def save_detections(path, image, found, classes):
+    """The same as a picture file."""
+    from matplotlib.figure import Figure  # here, so that nothing else has to wait for it
+
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    draw_detections(figure.subplots(), image, found, classes)
+    figure.savefig(path)
+
+
 def draw_boxes(axis, image, boxes, texts=(), colours=("tab:orange",)):
     """image uint8 (3, H, W) on a matplotlib axis with boxes (n, 4) in its pixels, a text at each
     and a colour for each, the last of which is repeated."""

@@ -86,7 +86,6 @@ USES = {
     "names": "what to look for in it, separated by commas",
 }
 MODES = ("text", "image", "vild", "ensemble")
-TEST_SEED = 1000  # test scenes are those of the run's seed plus this
 LEAST_SCORE = 0.3  # of detections that are drawn
 MOST_SHOWN = 10
 POOL = 7  # cells on a side of a region
@@ -648,7 +647,7 @@ class Detection:
         if args.data == "scenes":
             rare = tuple(SETTINGS["novel"][0].split(","))  # whichever of them are novel
             train = scenes.scenes(2000, args.seed, "detect", rare, 0.1, True)
-            test = scenes.scenes(500, TEST_SEED + args.seed, "detect, test", rare, 0.3, True)
+            test = scenes.scenes(500, scenes.TEST_SEED + args.seed, "detect, test", rare, 0.3, True)
             self.name = "scenes"
         else:
             train = scenes.load_boxes(args.data, "train")

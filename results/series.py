@@ -45,6 +45,8 @@ def shuffle_captions(script):
     script.load_captions = changed
 
 
+SCRATCH = ("--epochs", "1", "--tune-epochs", "1")  # only the training from scratch counts
+
 SERIES = {
     "zero_shot": [
         Arm("transformer", "clip"),
@@ -56,6 +58,17 @@ SERIES = {
         Arm("ViLD", "vild"),
         Arm("ViLD-ensemble", "vild", ("--mode", "ensemble")),
         Arm("all ten names labelled", "vild", ("--mode", "text", "--novel", "")),
+    ],
+    "pretraining": [
+        Arm("random patches", "up_detr"),
+        Arm("patches of another image", "up_detr", ("--other-patches", "1")),
+        Arm("without reconstruction", "up_detr", ("--reconstruction", "0")),
+        Arm("scratch, half the rate", "up_detr", (*SCRATCH, "--scratch-lr", "0.001")),
+        Arm("scratch, twice the rate", "up_detr", (*SCRATCH, "--scratch-lr", "0.004")),
+        Arm("scratch, seven times the epochs", "up_detr", (*SCRATCH, "--scratch-epochs", "210")),
+        Arm("CNN of densecl.py", "up_detr", ("--backbone", "runs/densecl-patterns/backbone.pt")),
+        Arm("CNN of moco_v2.py", "up_detr", ("--backbone", "runs/moco_v2-patterns/backbone.pt")),
+        Arm("CNN not frozen", "up_detr", ("--lr-backbone", "0.0005")),
     ],
 }
 
@@ -76,8 +89,8 @@ def missing(series):
     lines = path.read_text().splitlines() if path.exists() else []
     done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
     found = []
-    for seed in SEEDS:
-        for number, arm in enumerate(SERIES[series]):
+    for number, arm in enumerate(SERIES[series]):
+        for seed in SEEDS:
             if (arm.name, seed) not in done:
                 found.append((number, seed))
     return found

@@ -232,6 +232,30 @@ def detector_cells(runs, start):
     return cells
 
 
+def pretraining(runs, _):
+    """Of what `python -m results.series pretraining` records. Each run also trains from scratch, on
+    the same scenes; of the runs whose names begin with it, only that counts."""
+    columns = ["pre-training", "seeds", "AP50 after a third (%)", "AP50 (%)", "AP (%)"]
+    columns += ["patches found: own / of another image (%)", "pre-training (s)", "fine-tuning (s)"]
+    rows = []
+    for group in grouped(runs, "arm"):
+        name = group[0]["arm"]
+        if name.startswith("scratch"):
+            rows.append([name, len(group), *precision_cells(group, "scratch_"), "", "", ""])
+        else:
+            found = [spread(group, "pretext_share"), spread(group, "pretext_other_share")]
+            row = [name, len(group), *precision_cells(group, ""), " / ".join(found)]
+            rows.append([*row, spread(group, "seconds"), spread(group, "tune_seconds")])
+        if name == "random patches":
+            row = ["none: scratch", len(group), *precision_cells(group, "scratch_"), "", ""]
+            rows.append([*row, spread(group, "scratch_tune_seconds")])
+    return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
+def precision_cells(runs, start):
+    return [spread(runs, f"{start}{key}") for key in ("third_ap50", "ap50", "ap")]
+
+
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
@@ -242,6 +266,7 @@ TABLES = {  # name: the file with the runs, and what makes the table of them
     "findings": ("findings", findings),
     "zero_shot": ("zero_shot", zero_shot),
     "open_vocabulary": ("open_vocabulary", open_vocabulary),
+    "pretraining": ("pretraining", pretraining),
 }
 
 

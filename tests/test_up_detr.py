@@ -1,0 +1,581 @@
+"""UP-DETR and the DETR in it: matching, losses, mask and forward against naive versions in float64;
+two processes against one; resuming; bad input."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import checkpoint_of, error_line, interrupt, log_of, same_state
+from test_scenes import write_coco
+from torch import nn
+from torchvision.ops import generalized_box_iou
+from torchvision.transforms import functional as TF
+
+import common
+import scenes
+import up_detr
+
+SMALL = {
+    "size": 32,
+    "patch_size": 16,
+    "patch_min": 4,
+    "patch_max": 0,
+    "width": 16,
+    "heads": 2,
+    "ffn_dim": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "queries": 6,
+    "query_patches": 3,
+    "query_mask": 0.3,
+    "query_shuffle": 1,
+    "batch_size": 8,
+    "epochs": 2,
+    "tune_epochs": 2,
+    "scratch_epochs": 3,
+    "tune_batch_size": 4,
+    "eval_every": 1,
+    "workers": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def cnn(tmp_path_factory):
+    """The path of a random CNN, some of whose batch statistics are not trivial."""
+    torch.manual_seed(5)
+    network = common.resnet("thin", 32)
+    network(torch.randn(64, 3, 32, 32))
+    path = tmp_path_factory.mktemp("cnn") / "backbone.pt"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return scenes.scenes(48, seed=9)
+
+
+@pytest.fixture
+def small(monkeypatch, drawn, tmp_path, cnn):
+    """arguments(**flags) of a tiny run; the scenes are a few that are rendered only once."""
+    train = drawn.part(list(range(16, 28)))
+    test = drawn.part(list(range(28, 48)))
+    data = scenes.SceneData("scenes", drawn.images[:16], train, test, common.PATTERNS)
+    monkeypatch.setattr(scenes, "load_scenes", lambda *_: data)
+
+    def arguments(**flags):
+        return parse(cnn, **{"out": tmp_path / "run", **flags})
+
+    return arguments
+
+
+def parse(cnn, **flags):
+    words = []
+    for name, value in (SMALL | {"backbone": cnn} | flags).items():
+        if value is True:
+            words.append("--" + name)
+        elif value is not None:
+            words += ["--" + name.replace("_", "-"), str(value)]
+    return up_detr.parse_args(words)
+
+
+@pytest.fixture
+def double(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ------------------------------------------------------------------------------------- matching
+def cheapest(cost):
+    """The lowest sum over all ways to give each row a column of its own."""
+    columns = range(len(cost[0]))
+    ways = itertools.permutations(columns, len(cost))
+    return min(sum(row[c] for row, c in zip(cost, way)) for way in ways)
+
+
+def test_hungarian_against_all_permutations():
+    generator = random.Random(0)
+    for case in range(500):
+        targets = generator.randint(1, 5)
+        queries = generator.randint(targets, 6)
+        cost = []
+        for _ in range(targets):
+            row = [generator.uniform(-3, 3) for _ in range(queries)]
+            if case % 3 == 0:  # many equal sums
+                row = [generator.randint(-1, 2) for _ in range(queries)]
+            cost.append(row)
+        found = up_detr.hungarian(cost)
+        assert len(set(found)) == targets
+        total = sum(cost[target][query] for target, query in enumerate(found))
+        assert abs(total - cheapest(cost)) < 1e-9
+    assert up_detr.hungarian([]) == []
+
+
+def corners(box):
+    x, y, width, height = box.tolist()
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
+
+
+def naive_giou(a, b):
+    a = corners(a)
+    b = corners(b)
+    width = max(min(a[2], b[2]) - max(a[0], b[0]), 0)
+    height = max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height
+    around = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return width * height / union - (around - union) / around
+
+
+def random_boxes(*shape):
+    sides = 0.1 + 0.4 * torch.rand(*shape, 2)
+    return torch.cat([0.2 + 0.6 * torch.rand(*shape, 2), sides], dim=-1)
+
+
+def test_giou(double):
+    torch.manual_seed(0)
+    a = random_boxes(50)
+    b = random_boxes(50)
+    naive = torch.tensor([naive_giou(*pair) for pair in zip(a, b)])
+    assert torch.allclose(up_detr.giou(a, b), naive, atol=1e-6)
+    pairs = generalized_box_iou(*(torch.tensor([corners(x) for x in boxes]) for boxes in (a, b)))
+    assert torch.allclose(up_detr.giou(a, b), pairs.diag(), atol=1e-6)
+
+
+def a_case(classes=3):
+    """Predictions for three images, and 2, 0 and 3 true boxes."""
+    torch.manual_seed(1)
+    image = torch.tensor([0, 0, 2, 2, 2])
+    labels = torch.randint(classes, (5,))
+    return torch.randn(3, 6, classes + 1), random_boxes(3, 6), image, labels, random_boxes(5)
+
+
+def naive_cost(scores, box, label, true):
+    powers = scores.exp()
+    probability = powers[label] / powers.sum()
+    return -probability + 5 * (box - true).abs().sum() - 2 * naive_giou(box, true)
+
+
+def test_match_has_the_lowest_cost_in_every_image(double):
+    scores, boxes, image, labels, true = a_case()
+    query = up_detr.match(scores, boxes, image, labels, true)
+    for number in range(3):
+        rows = (image == number).nonzero()[:, 0].tolist()
+        if not rows:
+            continue
+        cost = []
+        for t in rows:
+            pairs = zip(scores[number], boxes[number])
+            cost.append([naive_cost(*pair, labels[t], true[t]).item() for pair in pairs])
+        total = sum(cost[i][query[t]] for i, t in enumerate(rows))
+        assert abs(total - cheapest(cost)) < 1e-6
+        assert len(set(query[rows].tolist())) == len(rows)
+
+
+def naive_loss(scores, boxes, image, query, labels, true, none_weight):
+    entropy = 0.0
+    weights = 0.0
+    owner = dict(zip(zip(image.tolist(), query.tolist()), labels.tolist()))
+    none = scores.shape[2] - 1
+    for i, n in itertools.product(range(len(scores)), range(scores.shape[1])):
+        label = owner.get((i, n), none)
+        weight = none_weight if label == none else 1.0
+        powers = scores[i, n].exp()
+        entropy = entropy - weight * (powers[label] / powers.sum()).log()
+        weights += weight
+    total = entropy / weights
+    for t in range(len(image)):
+        box = boxes[image[t], query[t]]
+        total = total + 5 * (box - true[t]).abs().sum() / len(image)
+        total = total + 2 * (1 - naive_giou(box, true[t])) / len(image)
+    return total
+
+
+def test_set_loss(double):
+    scores, boxes, image, labels, true = a_case()
+    query = up_detr.match(scores, boxes, image, labels, true)
+    for none_weight in (0.1, 0.5):
+        loss = up_detr.set_loss(scores, boxes, (image, query, labels, true), none_weight)
+        naive = naive_loss(scores, boxes, image, query, labels, true, none_weight)
+        assert abs(loss - naive) < 1e-6
+
+
+def test_a_batch_without_a_box_has_a_loss_and_a_gradient(double):
+    scores, boxes, *_ = a_case()
+    scores.requires_grad_()
+    boxes.requires_grad_()
+    nothing = torch.zeros(0, dtype=torch.long)
+    true = torch.zeros(0, 4)
+    query = up_detr.match(scores, boxes, nothing, nothing, true)
+    loss = up_detr.set_loss(scores, boxes, (nothing, query, nothing, true), 0.1)
+    loss.backward()
+    assert loss.isfinite() and scores.grad.any() and not boxes.grad.any()
+
+
+def test_predictions_that_are_not_finite_are_one_line(capsys):
+    scores, boxes, *rest = a_case()
+    boxes[0, 1, 2] = math.nan
+    assert "not finite" in error_line(capsys, up_detr.match, scores, boxes, *rest)
+
+
+# ------------------------------------------------------------------------------- mask, positions
+GROUPS = [(100, 10), (100, 20), (20, 5), (12, 4), (6, 6), (5, 1)]
+
+
+@pytest.mark.parametrize("queries, patches", GROUPS)
+def test_queries_attend_within_their_group(queries, patches):
+    mask = up_detr.attention_mask(queries, patches)
+    for a, b in itertools.product(range(queries), range(queries)):
+        assert mask[a, b] == (a * patches // queries != b * patches // queries)
+    assert not mask.all(1).any()  # a row of nothing but -inf would give nan
+
+
+def test_queries_that_cannot_be_grouped(capsys):
+    assert "--query-patches 4" in error_line(capsys, up_detr.attention_mask, 10, 4)
+
+
+def test_positions():
+    table = up_detr.sine_positions(3, 5, 16)
+    assert table.shape == (15, 16)
+    for row, column in itertools.product(range(3), range(5)):
+        expected = []
+        for place, side in ((row, 3), (column, 5)):
+            turn = 2 * math.pi * (place + 1) / side
+            angles = [turn / 10000 ** (k / 4) for k in range(4)]
+            expected += [math.sin(angle) for angle in angles]
+            expected += [math.cos(angle) for angle in angles]
+        assert torch.allclose(table[5 * row + column], torch.tensor(expected), atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------- forward
+def naive_attention(module, q, k, v, mask=None):
+    """One image: q (N, C), k and v (S, C), head by head."""
+    weights = module.in_proj_weight.chunk(3)
+    biases = module.in_proj_bias.chunk(3)
+    q, k, v = (x @ w.T + b for x, w, b in zip((q, k, v), weights, biases))
+    heads = []
+    size = q.shape[1] // module.num_heads
+    for head in range(module.num_heads):
+        part = slice(head * size, (head + 1) * size)
+        logits = q[:, part] @ k[:, part].T / math.sqrt(size)
+        if mask is not None:
+            logits[mask] = -math.inf
+        heads.append(logits.softmax(1) @ v[:, part])
+    return torch.cat(heads, dim=1) @ module.out_proj.weight.T + module.out_proj.bias
+
+
+def naive_layer4(block, h):
+    """A BasicBlock without its stride, the second convolution with gaps between its weights."""
+    out = F.conv2d(h, block.conv1.weight, padding=1)
+    out = block.bn1(out).relu()
+    out = F.conv2d(out, block.conv2.weight, padding=2, dilation=2)
+    shortcut = F.conv2d(h, block.downsample[0].weight)
+    return (block.bn2(out) + block.downsample[1](shortcut)).relu()
+
+
+def naive_decode(model, x, queries, mask=None):
+    """One image (3, H, W) and its queries (N, C): the output of each layer of the decoder."""
+    cnn = model.backbone
+    h = cnn.relu(cnn.bn1(cnn.conv1(x.unsqueeze(0))))
+    h = naive_layer4(cnn.layer4[0], cnn.layer3(cnn.layer2(cnn.layer1(h))))[0]
+    _, height, width = h.shape
+    positions = up_detr.sine_positions(height, width, queries.shape[1]).double()
+    cells = [h[:, y, x] for y in range(height) for x in range(width)]
+    cells = (torch.stack(cells) - model.standardize.mean) / model.standardize.std
+    memory = model.input_projection(cells)
+    for attend, feed_forward in model.encoder:
+        h = attend.norm(memory)
+        memory = memory + naive_attention(attend.attention, h + positions, h + positions, h)
+        memory = memory + feed_forward(memory)
+    memory = model.encoder_norm(memory)
+    output = torch.zeros_like(queries)
+    outputs = []
+    for attend, look, feed_forward in model.decoder:
+        h = attend.norm(output)
+        output = output + naive_attention(attend.attention, h + queries, h + queries, h, mask)
+        q = look.norm(output) + queries
+        output = output + naive_attention(look.attention, q, memory + positions, memory)
+        output = output + feed_forward(output)
+        outputs.append(model.decoder_norm(output))
+    return outputs
+
+
+def loss_of(model, output, image, labels, true):
+    scores = model.class_head(output)
+    boxes = model.box_head(output).sigmoid()
+    query = up_detr.match(scores, boxes, image, labels, true)
+    return query, naive_loss(scores, boxes, image, query, labels, true, model.none_weight)
+
+
+def shaken(model):
+    """All parameters away from their start, so that no bias is zero."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.startswith("backbone."):
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def test_detr_against_a_naive_version(double, small):
+    model = shaken(up_detr.DETR(small(lr_backbone=0.1), 4))
+    model.standardize.fit(torch.randn(100, 128) * 2 + 1)
+    x = torch.randn(3, 3, 32, 32)
+    image = torch.tensor([0, 0, 2, 2, 2])
+    labels = torch.randint(4, (5,))
+    true = random_boxes(5)
+    loss, z = model(x, image, labels, true)
+    by_image = [naive_decode(model, image, model.query_embedding) for image in x]
+    expected = 0.0
+    for layer in range(2):
+        output = torch.stack([outputs[layer] for outputs in by_image])
+        expected = expected + loss_of(model, output, image, labels, true)[1]
+    assert abs(loss - expected) < 1e-6
+    assert torch.allclose(z, output.flatten(0, 1))
+
+
+def test_up_detr_against_a_naive_version(double, small):
+    args = small(reconstruction=0.7)
+    model = shaken(up_detr.UPDETR(args))
+    model.standardize.fit(torch.randn(100, 128) * 2 + 1)
+    model.standardize_patch.fit(torch.randn(100, 128) - 1)
+    x = torch.randn(2, 3, 32, 32)
+    patches = torch.randn(2, 3, 3, 16, 16)
+    boxes = random_boxes(2, 3)
+    given = torch.rand(2, 6) < 0.7
+    order = torch.tensor([3, 1, 0, 5, 2, 4])
+    loss, z = model(x, patches, boxes, given, order)
+
+    features = torch.zeros(2, 3, 128)
+    by_image = []
+    for i in range(2):
+        queries = []
+        for n in range(6):
+            patch = patches[i, n // 2].unsqueeze(0)
+            h = up_detr.feature_map(model.backbone, patch)[0].mean((1, 2))
+            h = (h - model.standardize_patch.mean) / model.standardize_patch.std
+            features[i, n // 2] = h
+            query = model.patch_to_query(h) if given[i, n] else torch.zeros(16)
+            queries.append(query + model.query_embedding[order[n]])
+        by_image.append(naive_decode(model, x[i], torch.stack(queries), model.mask))
+    image = torch.tensor([0, 0, 0, 1, 1, 1])
+    labels = torch.zeros(6, dtype=torch.long)
+    expected = 0.0
+    for layer in range(2):
+        output = torch.stack([outputs[layer] for outputs in by_image])
+        query, layer_loss = loss_of(model, output, image, labels, boxes.flatten(0, 1))
+        expected = expected + layer_loss
+        for t in range(6):  # the feature of the matched patch, not of the query's own
+            guess = model.feature_head(output[image[t], query[t]])
+            true = features[image[t], t % 3]
+            distance = (guess / guess.norm() - true / true.norm()).square().sum()
+            expected = expected + 0.7 * distance / 6
+    assert abs(loss - expected) < 1e-6
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("backbone."), name
+
+
+def test_a_group_knows_nothing_of_the_other_patches(small):
+    model = shaken(up_detr.UPDETR(small())).eval()
+    x = torch.randn(2, 3, 32, 32)
+    features = torch.randn(2, 3, 128)
+    before = model.search(x, features)[-1]
+    features[:, 1] += 1
+    after = model.search(x, features)[-1]
+    assert torch.equal(before[:, :2], after[:, :2]) and torch.equal(before[:, 4:], after[:, 4:])
+    assert not torch.isclose(before[:, 2:4], after[:, 2:4]).all(2).any()
+    fewer = model.search(x, features[:, :2])[-1]
+    assert torch.allclose(fewer, after[:, :4], atol=1e-5)
+
+
+def test_the_standardised_features_have_mean_0_and_std_1(small, drawn):
+    args = small(query_patches=3)
+    model = up_detr.UPDETR(args)
+    up_detr.fit_standardization(model, drawn.images, args)
+    (images,) = scenes.read(drawn.images, torch.arange(48).view(1, -1), 32)
+    x = up_detr.build_views(args)[0].plain(images)
+    h = up_detr.feature_map(model.backbone, x).flatten(2).transpose(1, 2)
+    h = model.standardize(h).flatten(0, 1)
+    assert h.mean(0).abs().max() < 1e-4
+    assert ((h.std(0) - 1).abs() < 1e-2).float().mean() > 0.9  # the others are constant
+
+
+# -------------------------------------------------------------------------------------- patches
+def test_patches_are_cut_where_their_boxes_say(small, monkeypatch, drawn):
+    args = small()
+    plain = common.Augment(16, flip=0.0)
+    monkeypatch.setattr(up_detr, "build_views", lambda args: [common.Augment(32, flip=0.0), plain])
+    (images,) = scenes.read(drawn.images, torch.arange(8).view(1, -1), 32)
+    x, patches, boxes, given, order = up_detr.cut_patches(images, args, common.make_generator(1))
+    assert x.shape == (8, 3, 32, 32) and patches.shape == (8, 3, 3, 16, 16)
+    assert 0.5 < given.float().mean() < 0.9
+    assert sorted(order.tolist()) == list(range(6)) != order.tolist()
+    for i, m in itertools.product(range(8), range(3)):
+        x1, y1, x2, y2 = (round(32 * side) for side in corners(boxes[i, m]))
+        assert 0 <= x1 < x2 <= 32 and 4 <= x2 - x1 <= 28 and 4 <= y2 - y1 <= 28
+        cut = images[i, :, y1:y2, x1:x2].float() / 255
+        cut = TF.resize(cut, [16, 16], antialias=True)
+        assert torch.allclose(patches[i, m], plain.normalize(cut.unsqueeze(0))[0], atol=1e-4)
+
+
+def test_patches_of_another_image_keep_their_boxes(small, drawn):
+    (images,) = scenes.read(drawn.images, torch.arange(8).view(1, -1), 32)
+    own = up_detr.cut_patches(images, small(), common.make_generator(1))
+    other = up_detr.cut_patches(images, small(other_patches=1), common.make_generator(1))
+    assert torch.equal(own[2], other[2])
+    assert not torch.isclose(own[1], other[1]).flatten(2).all(2).any()
+
+
+def test_two_processes_make_the_patches_of_one(small, monkeypatch, drawn):
+    args = small()
+    (images,) = scenes.read(drawn.images, torch.arange(8).view(1, -1), 32)
+    whole = up_detr.cut_patches(images, args, common.make_generator(1))
+    parts = []
+    monkeypatch.setattr(up_detr, "world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr(up_detr, "rank", lambda number=number: number)
+        mine = images.chunk(2)[number]
+        parts.append(up_detr.cut_patches(mine, args, common.make_generator(1)))
+    for position in range(4):
+        both = torch.cat([part[position] for part in parts])
+        assert torch.allclose(whole[position].float(), both.float(), atol=1e-5)
+    assert torch.equal(whole[4], parts[0][4]) and torch.equal(whole[4], parts[1][4])
+
+
+# --------------------------------------------------------------------------------------- parity
+def one_step(cnn, kind, rank=0, world_size=1, mistake=False):
+    """Loss and gradients of one step on this process's share of a fixed batch. The two halves of
+    the batch have different numbers of boxes."""
+    args = parse(cnn, lr_backbone=0.0 if kind == "pre-training" else 0.1)
+    torch.manual_seed(0)
+    if kind == "pre-training":
+        model = shaken(up_detr.UPDETR(args).double())
+        inputs = [torch.randn(8, 3, 32, 32), torch.randn(8, 3, 3, 16, 16), random_boxes(8, 3)]
+        inputs.append(torch.rand(8, 6) < 0.7)
+        inputs = [x.chunk(world_size)[rank] for x in inputs]
+        inputs.append(torch.arange(6))
+    else:
+        model = shaken(up_detr.DETR(args, 4).double())
+        x = torch.randn(8, 3, 32, 32)
+        image = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 5, 7])
+        labels = torch.randint(4, (10,))
+        true = random_boxes(10)
+        n = 8 // world_size
+        mine = image // n == rank
+        x = x.chunk(world_size)[rank]
+        inputs = [x, image[mine] - rank * n, labels[mine], true[mine]]
+    if mistake:
+        up_detr.mean_over_processes = lambda x: x
+    network = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
+    loss, _ = network(*inputs)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    loss = loss.detach()
+    if world_size > 1:
+        dist.all_reduce(loss)
+    return {"loss": loss / world_size, **found}
+
+
+def work(rank, world_size, folder, cnn):
+    torch.set_num_threads(1)
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, rank=rank, world_size=world_size)
+    right = up_detr.mean_over_processes
+    for mistake in (False, True):
+        for kind in ("pre-training", "fine-tuning"):
+            found = one_step(cnn, kind, rank, world_size, mistake)
+            torch.save(found, f"{folder}/{kind}-{mistake}-{rank}.pt")
+        up_detr.mean_over_processes = right
+    dist.destroy_process_group()
+
+
+def difference(one, many):
+    assert one.keys() == many.keys() and len(one) > 10
+    return max(((one[key] - many[key]).norm() / (one[key].norm() + 1e-4)).item() for key in one)
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_step_of_many_processes_is_that_of_one(double, cnn, tmp_path, world_size):
+    mp.spawn(work, (world_size, str(tmp_path), str(cnn)), nprocs=world_size)
+    for kind in ("pre-training", "fine-tuning"):
+        one = one_step(cnn, kind)
+        for rank in range(world_size):
+            many = torch.load(tmp_path / f"{kind}-False-{rank}.pt", weights_only=True)
+            assert difference(one, many) < 1e-9, kind
+    wrong = torch.load(tmp_path / "fine-tuning-True-0.pt", weights_only=True)
+    assert difference(one, wrong) > 1e-3  # the counts of one process only
+
+
+# --------------------------------------------------------------------------- runs, and bad input
+def test_a_run_leaves_its_files(small, tmp_path):
+    result = up_detr.main(small())
+    assert {"ap50", "ap", "scratch_ap50", "scratch_ap", "pretext_iou"} <= result.keys()
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    for name in ("report.png", "backbone.pt", "pretrained/log.jsonl", "scratch/log.jsonl"):
+        assert (tmp_path / "run" / name).exists()
+    first = log_of(tmp_path / "run")[0]
+    assert 0 < first["pretext_constant_iou"] < 1
+    before = torch.load(small().backbone, weights_only=True)
+    after = torch.load(tmp_path / "run" / "backbone.pt", weights_only=True)
+    assert all(torch.equal(before[name], after[name]) for name in after)  # frozen
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 6])
+def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, call):
+    """Stopped after an epoch of pre-training, of fine-tuning, and of training from scratch."""
+    whole = up_detr.main(small(out=tmp_path / "whole"))
+    interrupt(up_detr, small(), "after_epoch", call)
+    resumed = up_detr.main(small())
+    assert whole.keys() == resumed.keys()
+    for name in whole:
+        assert "second" in name or whole[name] == resumed[name], name
+    for part in ("", "pretrained", "scratch"):
+        a = tmp_path / "whole" / part
+        b = tmp_path / "run" / part
+        assert log_of(a) == log_of(b)
+        assert same_state(checkpoint_of(a), checkpoint_of(b))
+
+
+def test_a_new_pre_training_does_not_continue_an_old_fine_tuning(small, tmp_path):
+    interrupt(up_detr, small(), "after_epoch", 3)
+    up_detr.main(small(seed=1, overwrite=True))
+    up_detr.main(small(seed=1, out=tmp_path / "fresh"))
+    assert log_of(tmp_path / "run" / "pretrained") == log_of(tmp_path / "fresh" / "pretrained")
+
+
+def test_own_boxes_and_pictures(small, tmp_path, drawn, capsys, monkeypatch):
+    up_detr.main(small())
+    monkeypatch.undo()
+    folder = write_coco(tmp_path / "mine", drawn.part(list(range(8))))
+    write_coco(folder, drawn.part(list(range(8, 12))), "val")
+    run = up_detr.main(small(finetune=folder))
+    assert "ap50" in run.log[-1] and len(run.views) == 2
+    picture = folder / "val" / "000.png"
+    up_detr.main(small(finetune=folder, detect=picture))
+    assert (tmp_path / "run" / "finetuned-mine" / "detected.png").exists()
+    up_detr.main(small(detect=picture))
+    assert "detected.png" in capsys.readouterr().out
+
+
+def test_bad_input(small, tmp_path, drawn, capsys):
+    def said(**flags):
+        return error_line(capsys, up_detr.main, small(**flags))
+
+    assert "swav.py" in said(backbone=tmp_path / "none.pt")
+    broken = tmp_path / "broken.pt"
+    torch.save({"conv1.weight": torch.zeros(3)}, broken)
+    assert "not the weights of a thin" in said(backbone=broken)
+    assert "--query-patches 4" in said(query_patches=4)
+    assert "has 3 objects" in said(queries=2, query_patches=2)
+    assert "batch of 99" in said(batch_size=99)
+    assert "none.png" in said(detect=tmp_path / "none.png")
