@@ -541,6 +541,7 @@ def train(args):
     find_backbone(args)
     device = launch()
     data = scenes.load_scenes(args.data, args.seed, args.unlabelled, args.labelled, device)
+    check_queries(args, data)
     torch.manual_seed(args.seed)  # all processes start from the same weights
     model = UPDETR(args).to(device)
     fit_standardization(model, data.pretrain, args)
@@ -578,9 +579,6 @@ def precision(run, prefix):
 
 def finetune(args, data, name, state, device):
     """The run of DETR from these weights on the labelled images, in a folder of its own."""
-    most = max(len(boxes) for boxes in data.train.boxes)
-    if most > args.queries:
-        fail(f"--queries {args.queries}: an image has {most} objects, and needs as many queries")
     args = argparse.Namespace(**vars(args))
     args.out = f"{args.out}/{name}"
     args.epochs = args.scratch_epochs if name == "scratch" else args.tune_epochs
@@ -787,6 +785,7 @@ def finetune_own(args):
     data = scenes.load_scenes(args.finetune, args.seed, device=device)
     if not data.train:
         fail(f"--finetune {args.finetune}: has no boxes (annotations/instances_train.json)")
+    check_queries(args, data)
     state = harness.load_checkpoint(Path(args.out) / "checkpoint.pt")["model"]
     return finetune(args, data, own_name(args), state, device)
 
@@ -828,6 +827,15 @@ def load_weights(model, state, args, strict=True):
 def share(x):
     """This process's part of rows drawn for all processes."""
     return x.chunk(world_size())[rank()]
+
+
+def check_queries(args, data):
+    """Each object of an image needs a query of its own."""
+    if data.train is None:
+        return
+    most = max(len(boxes) for boxes in data.train.boxes)
+    if most > args.queries:
+        fail(f"--queries {args.queries}: an image has {most} objects, and needs as many queries")
 
 
 def mean_over_processes(x):

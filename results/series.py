@@ -2,6 +2,7 @@
 
     python -m results.series zero_shot            # what is missing of one series
     python -m results.series zero_shot --jobs 1
+    python -m results.series laptop --data FOLDER     # CIFAR-10, half an hour of a core per run
 
 Each run is the default recipe on one thread with the flags, or the one replaced function, of its
 arm. It adds a line to results/SERIES.jsonl: the name of the arm and its result.json."""
@@ -19,6 +20,7 @@ from threading import Lock
 import torch
 
 from common import fail, make_generator
+from results.methods import METHODS
 
 FOLDER = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
@@ -30,6 +32,7 @@ class Arm:
     script: str
     flags: tuple = ()
     change: str = ""  # the name of a function below
+    seeds: tuple = SEEDS
 
 
 def shuffle_captions(script):
@@ -46,8 +49,10 @@ def shuffle_captions(script):
 
 
 SCRATCH = ("--epochs", "1", "--tune-epochs", "1")  # only the training from scratch counts
+LAPTOP = ("--recipe", "patterns", "--epochs", "25", "--eval-every", "25")
 
 SERIES = {
+    "laptop": [Arm(name, name, LAPTOP, seeds=(0,)) for name in METHODS],
     "zero_shot": [
         Arm("transformer", "clip"),
         Arm("cbow", "clip", ("--text", "cbow")),
@@ -73,13 +78,15 @@ SERIES = {
 }
 
 
-def train(arm, seed, out):
+def train(arm, seed, out, data=None):
     """One run in this process -> its line."""
     torch.set_num_threads(1)
     script = importlib.import_module(arm.script)
     if arm.change:
         globals()[arm.change](script)
     words = [*arm.flags, "--seed", str(seed), "--out", str(out), "--overwrite"]
+    if data:
+        words += ["--data", data]
     return {"arm": arm.name, **script.main(script.parse_args(words))}
 
 
@@ -90,16 +97,18 @@ def missing(series):
     done = {(line["arm"], line["seed"]) for line in map(json.loads, lines)}
     found = []
     for number, arm in enumerate(SERIES[series]):
-        for seed in SEEDS:
+        for seed in arm.seeds:
             if (arm.name, seed) not in done:
                 found.append((number, seed))
     return found
 
 
-def run(series, number, seed, runs):
+def run(series, number, seed, runs, data=None):
     """One run in a process of its own -> its line, as text."""
     out = Path(runs) / f"{series}-{number}-{seed}"
     words = [series, "--runs", runs, "--one", str(number), str(seed)]
+    if data:
+        words += ["--data", data]
     ended = subprocess.run(
         [sys.executable, "-m", "results.series", *words], capture_output=True, text=True
     )
@@ -113,6 +122,7 @@ def main(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = fail
     parser.add_argument("series", choices=SERIES)
+    parser.add_argument("--data", help="in place of what the scripts use by default")
     parser.add_argument("--runs", default="runs", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, of one thread each")
     parser.add_argument("--one", nargs=2, type=int, help=argparse.SUPPRESS)  # arm, seed
@@ -120,13 +130,13 @@ def main(argv=None):
     if args.one:
         number, seed = args.one
         out = Path(args.runs) / f"{args.series}-{number}-{seed}"
-        line = train(SERIES[args.series][number], seed, out)
+        line = train(SERIES[args.series][number], seed, out, args.data)
         (out / "line.json").write_text(json.dumps(line) + "\n")
         return
     lock = Lock()
 
     def record(key):
-        line = run(args.series, *key, args.runs)
+        line = run(args.series, *key, args.runs, args.data)
         with lock, open(FOLDER / f"{args.series}.jsonl", "a") as file:
             file.write(line)
         found = json.loads(line)

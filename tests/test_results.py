@@ -140,7 +140,7 @@ def test_captions_are_shuffled_for_the_control(monkeypatch):
 
 
 def test_a_series_runs_what_is_missing(tmp_path, monkeypatch, capsys):
-    def run(name, number, seed, runs):
+    def run(name, number, seed, runs, data):
         return json.dumps({"arm": series.SERIES[name][number].name, "seed": seed}) + "\n"
 
     monkeypatch.setattr(series, "FOLDER", tmp_path)

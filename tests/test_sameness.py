@@ -241,6 +241,15 @@ def test_the_measured_result_of_vild_is_the_recorded_one():
     assert said in ast.get_docstring(TREES["vild"]).replace("\n", " ")
 
 
+def test_the_measured_result_of_up_detr_is_the_recorded_one():
+    runs = recorded("pretraining", "random patches")
+    found = mean(runs, "ap50")
+    scratch = mean(runs, "scratch_ap50")
+    said = f"Measured: {found:.1f} % AP50 after fine-tuning on 300 scenes (from scratch "
+    said += f"{scratch:.1f} %), mean of {len(runs)} seeds."
+    assert said in ast.get_docstring(TREES["up_detr"]).replace("\n", " ")
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy without its history")
 def test_nothing_large_is_committed():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
