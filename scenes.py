@@ -276,8 +276,6 @@ def load_boxes(folder: Path | str, part: str) -> Scenes:
         names = [entry["file_name"] for entry in pictures.values()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{file}: not in COCO's format ({type(error).__name__}: {error})")
-    if not annotations:
-        fail(f"{file}: has no boxes")
     where = folder / file.stem.removeprefix("instances_")
     paths = [str(where / name) for name in names]
     for path in paths:
@@ -299,6 +297,8 @@ def load_boxes(folder: Path | str, part: str) -> Scenes:
         label = ids.index(annotation["category_id"])
         boxes[picture].append([x1, y1, x2, y2])
         labels[picture].append(label)
+    if not any(boxes.values()):
+        fail(f"{file}: has no boxes")
     if tiny:  # COCO itself has two of height 0
         print(f"{file}: left out {tiny} box(es) less than a pixel wide or high", flush=True)
     return Scenes(

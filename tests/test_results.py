@@ -117,6 +117,30 @@ def test_arms_of_a_series_can_be_run():
             assert not arm.change or callable(getattr(series, arm.change))
 
 
+def test_what_is_said_of_pretraining_is_what_was_measured():
+    """Each comparison in results/README.md exceeds twice its standard error."""
+    arms = {}
+    path = ROOT / "results" / "pretraining.jsonl"
+    for line in map(json.loads, path.read_text().splitlines()):
+        arms.setdefault(line["arm"], []).append(line)
+
+    def gap(better, worse, key="ap50", other=None):
+        """The difference of the means in standard errors."""
+        a = torch.tensor([line[key] for line in arms[better]])
+        b = torch.tensor([line[other or key] for line in arms[worse]])
+        error = (a.var() / len(a) + b.var() / len(b)).sqrt()
+        return (a.mean() - b.mean()) / error
+
+    ours = "random patches"
+    assert gap(ours, ours, "ap50", "scratch_ap50") > 2
+    assert gap(ours, ours, "third_ap50", "scratch_third_ap50") > 2
+    assert abs(gap(ours, ours, "pretext_share", "pretext_other_share")) < 2
+    for arm in ("without reconstruction", "patches of another image"):
+        assert gap(ours, arm, "scratch_ap50", "ap50") > 2
+    assert gap("scratch, seven times the epochs", ours, "scratch_ap50", "ap50") > 2
+    assert gap("CNN of moco_v2.py", "CNN of densecl.py") > 2
+
+
 def test_a_run_of_a_series_is_that_of_the_script(folder, tmp_path):
     script = importlib.import_module("simclr")
     flags = ("--data", str(folder), "--epochs", "1", "--batch-size", "16", "--workers", "0")

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from conftest import error_line
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_iou, masks_to_boxes
 from torchvision.transforms import functional as TF
 
 import common
@@ -127,6 +127,40 @@ def test_data_scenes(monkeypatch):
     assert len(data.train[0]) > 1.6 * len(data.test[0])
 
 
+# -------------------------------------------------------------------------------------- targets
+def test_targets_are_shares_of_each_picture():
+    boxes = [
+        torch.tensor([[10.0, 4.0, 30.0, 10.0], [0.0, 0.0, 40.0, 20.0]]),
+        torch.zeros(0, 4),
+        torch.tensor([[2.0, 10.0, 4.0, 40.0]]),
+    ]
+    labels = [torch.tensor([3, 1]), torch.zeros(0, dtype=torch.long), torch.tensor([2])]
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    made = scenes.Scenes(images, boxes, labels, [(40, 20), (30, 30), (10, 50)], PATTERNS)
+    rows = torch.tensor([2, 1, 0, 2])
+    flip = torch.tensor([False, True, False, True])
+    place, label, box = made.targets(rows, flip)
+    assert place.tolist() == [0, 2, 2, 3] and label.tolist() == [2, 3, 1, 2]
+    tall = [0.3, 0.5, 0.2, 0.6]
+    mirrored = [0.7, 0.5, 0.2, 0.6]
+    wide = [0.5, 0.35, 0.5, 0.3]
+    whole = [0.5, 0.5, 1.0, 1.0]
+    assert torch.allclose(box, torch.tensor([tall, wide, whole, mirrored]))
+    nothing = made.targets(torch.tensor([1]), torch.tensor([True]))
+    assert [part.shape for part in nothing] == [(0,), (0,), (0, 4)]
+
+
+def test_targets_are_mirrored_with_the_picture(drawn):
+    mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+    x1, y1, x2, y2 = drawn.boxes[0][0].int().tolist()
+    mask[0, y1:y2, x1:x2] = True
+    _, _, boxes = drawn.targets(torch.tensor([0]), torch.tensor([True]))
+    x, y, width, height = (64 * boxes[0]).tolist()
+    left, top, right, bottom = masks_to_boxes(mask.flip(2))[0].tolist()
+    assert (x - width / 2, y - height / 2) == (left, top)
+    assert (x + width / 2, y + height / 2) == (right + 1, bottom + 1)
+
+
 # ------------------------------------------------------------------------------------- a folder
 def write_coco(folder, drawn, part="train", change=None):
     """A folder in COCO's layout from rendered scenes; `change` edits the annotation file's content
@@ -242,6 +276,81 @@ def test_a_bad_folder_is_one_line(tmp_path, drawn, capsys):
     assert "cannot read" in error_line(
         capsys, scenes.read_picture, tmp_path / "train" / "000.png", 32
     )
+
+
+# --------------------------------------------------------------------------------- load_scenes
+def test_the_parts_of_rendered_scenes(monkeypatch, drawn):
+    asked = []
+
+    def render(n, seed, part):
+        asked.append((n, seed, part))
+        return drawn.part([len(asked)])
+
+    monkeypatch.setattr(scenes, "scenes", render)
+    for seed in (0, 7):
+        data = scenes.load_scenes("scenes", seed)
+        parts = [(4000, seed, "unlabelled"), (1000, seed, "train"), (500, 1000 + seed, "test")]
+        assert asked == parts
+        assert torch.equal(data.pretrain, drawn.images[1:2])
+        assert torch.equal(data.train.images, drawn.images[2:3])
+        assert torch.equal(data.test.images, drawn.images[3:4])
+        assert data.name == "scenes" and data.classes == PATTERNS
+        asked.clear()
+    scenes.load_scenes("scenes", 0, unlabelled=5, labelled=4)
+    assert [n for n, _, _ in asked] == [5, 4, 500]
+
+
+def test_a_folder_with_boxes(tmp_path, drawn):
+    folder = write_coco(tmp_path / "mine", drawn.part(list(range(8))))
+    write_coco(folder, drawn.part([8, 9, 10]), "val")
+    data = scenes.load_scenes(str(folder))
+    assert data.name == "mine" and data.classes == PATTERNS[::-1]
+    assert data.pretrain == data.train.images == [f"{folder}/train/{n:03}.png" for n in range(8)]
+    assert data.test.images == [f"{folder}/val/{n:03}.png" for n in range(3)]
+    few = scenes.load_scenes(str(folder), 0, unlabelled=3, labelled=5)
+    assert len(few.pretrain) == 3 and len(few.train) == 5 and len(few.test) == 3
+    assert set(few.pretrain) <= set(data.pretrain)
+    for path, boxes in zip(few.train.images, few.train.boxes):
+        number = data.train.images.index(path)
+        assert torch.equal(boxes, drawn.boxes[number])
+
+
+def test_a_folder_without_boxes(photos):
+    data = scenes.load_scenes(str(photos))
+    assert data.pretrain == [f"{photos}/{number:02}.jpg" for number in range(20)]
+    assert data.train is None and data.test is None and data.classes == []
+    few = scenes.load_scenes(str(photos), 0, unlabelled=6, labelled=2)
+    assert len(set(few.pretrain)) == 6 and set(few.pretrain) < set(data.pretrain)
+
+
+def rename(content):
+    content["categories"][0]["name"] = "spots"
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path, drawn, capsys):
+    missing = tmp_path / "none"
+    assert "no such folder" in error_line(capsys, scenes.load_scenes, str(missing))
+    folder = write_coco(tmp_path / "mine", drawn.part([0, 1]))
+    assert "instances_val" in error_line(capsys, scenes.load_scenes, str(folder))
+    write_coco(folder, drawn.part([2, 3]), "val", rename)
+    said = error_line(capsys, scenes.load_scenes, str(folder))
+    assert "train and val have different categories" in said
+
+
+def test_choose(drawn):
+    names = [f"{number}.png" for number in range(12)]
+    few = scenes.choose(names, 5, 0)
+    assert few == scenes.choose(names, 5, 0) and len(set(few)) == 5 and set(few) < set(names)
+    assert few != scenes.choose(names, 5, 1) and few != names[:5]
+    for n in (0, 12, 13):
+        assert scenes.choose(names, n, 0) == names
+    found = scenes.choose(drawn.part(list(range(12))), 5, 0)
+    assert len(found) == 5
+    for number, name in enumerate(few):  # the same ones of any kind
+        row = names.index(name)
+        assert torch.equal(found.images[number], drawn.images[row])
+        assert torch.equal(found.boxes[number], drawn.boxes[row])
+        assert torch.equal(found.labels[number], drawn.labels[row])
 
 
 # ---------------------------------------------------------------------------- average precision
@@ -373,7 +482,90 @@ def test_only_the_hundred_best_of_a_class_count():
         assert abs(scenes.average_precision([found], boxes, labels, 1)["ap"] - ap) < 1e-4
 
 
+def test_overlap_against_torchvision():
+    generator = torch.Generator().manual_seed(0)
+    corner = 10 * torch.rand(2, 200, 2, generator=generator)
+    sides = 0.1 + 8 * torch.rand(2, 200, 2, generator=generator)
+    a, b = torch.cat([corner, corner + sides], dim=2)
+    expected = box_iou(a, b).diag()
+    assert (expected == 0).any() and (expected > 0.3).any()
+    assert torch.allclose(scenes.overlap(a, b), expected, atol=1e-6)
+    many = scenes.overlap(a.view(4, 50, 4), b.view(4, 50, 4))
+    assert torch.allclose(many, expected.view(4, 50), atol=1e-6)
+    assert torch.equal(scenes.overlap(a, a), torch.ones(200))
+
+
+def stretched(drawn):
+    """Twelve scenes; the boxes of every second one are those of a picture of 640 x 32 pixels."""
+    few = drawn.part(list(range(12)))
+    for number in range(0, 12, 2):
+        few.sizes[number] = (640, 32)
+        few.boxes[number] = few.boxes[number] * torch.tensor([10, 0.5, 10, 0.5])
+    return few
+
+
+@pytest.mark.parametrize("shift, ap50, ap", [(0.0, 100, 100), (0.2, 100, 40), (0.5, 0, 0)])
+def test_evaluate(drawn, shift, ap50, ap):
+    """Boxes moved to the right by a share of their width; 0.2 leaves an overlap of 2/3."""
+    seen = []
+
+    def detect(images):
+        found = []
+        for image in images:
+            number = len(seen)
+            seen.append(image)
+            boxes = drawn.boxes[number] / 64
+            moved = shift * (boxes[:, 2] - boxes[:, 0])
+            boxes = boxes + torch.stack([moved, 0 * moved] * 2, dim=1)
+            labels = drawn.labels[number]
+            found.append((boxes, torch.ones(len(labels)), labels))
+        return found
+
+    test = stretched(drawn)
+    result = scenes.evaluate(detect, test, 64, "cpu", batch_size=5)
+    assert torch.equal(torch.stack(seen), test.images)
+    assert result.keys() == {"ap50", "ap", "ap75"}
+    assert abs(result["ap50"] - ap50) < 1e-3 and abs(result["ap"] - ap) < 1e-3
+    assert abs(result["ap75"] - 100 * (shift == 0)) < 1e-3
+
+
 # -------------------------------------------------------------------------------------- drawing
+def some_detections():
+    """Of four, the second and the last are just sure enough."""
+    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5], [0.25, 0.5, 0.75, 1.0]]).repeat(2, 1)
+    scores = scenes.SURE + torch.tensor([-0.01, 0.01, -0.2, 0.55])
+    return boxes, scores, torch.tensor([3, 1, 0, 2])
+
+
+def test_only_sure_detections_are_drawn():
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    boxes, scores, labels = some_detections()
+    scenes.draw_detections(axis, image, (boxes, scores, labels), PATTERNS)
+    texts = [text.get_text() for text in axis.texts]
+    assert texts == [f"{PATTERNS[1]} 0.31", f"{PATTERNS[2]} 0.85"]
+    assert len(axis.lines) == 2
+    for line in axis.lines:
+        assert {*line.get_xdata()} == {9.5, 29.5} and {*line.get_ydata()} == {9.5, 19.5}
+    axis = Figure().subplots()
+    scenes.draw_detections(axis, image, (boxes, 0 * scores, labels), PATTERNS)
+    assert len(axis.images) == 1 and not axis.lines and not axis.texts
+
+
+def test_detections_are_saved(tmp_path):
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    boxes, scores, labels = some_detections()
+    shares = []
+    for name, sure in (("some.png", scores), ("none.png", 0 * scores)):
+        scenes.save_detections(tmp_path / name, image, (boxes, sure, labels), PATTERNS)
+        saved = TF.pil_to_tensor(common.read_image(tmp_path / name)).int()
+        orange = (saved[0] - saved[2]) > 100
+        shares.append(orange.float().mean())
+    assert shares[0] > 0.001 and shares[1] == 0
+
+
 def test_boxes_are_drawn(drawn):
     from matplotlib.figure import Figure
 

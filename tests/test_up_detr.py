@@ -1,16 +1,20 @@
 """UP-DETR and the DETR in it: matching, losses, mask and forward against naive versions in float64;
 two processes against one; resuming; bad input."""
 
+import argparse
+import copy
 import itertools
 import json
 import math
 import random
+import types
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import torchvision
 from conftest import checkpoint_of, error_line, interrupt, log_of, same_state
 from test_scenes import write_coco
 from torch import nn
@@ -408,6 +412,120 @@ def test_the_standardised_features_have_mean_0_and_std_1(small, drawn):
     assert ((h.std(0) - 1).abs() < 1e-2).float().mean() > 0.9  # the others are constant
 
 
+def test_standardize():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(5, 7, 4) + torch.tensor([0.0, 10.0, -5.0, 2.0])
+    x[:, :, 3] = 2.0  # a dead channel
+    module = up_detr.Standardize(4)
+    assert torch.equal(module(x), x)
+    module.fit(x)
+    rows = x.view(35, 4)
+    expected = (rows - rows.mean(0)) / (rows.var(0).sqrt() + 1e-6)
+    assert torch.allclose(module(x).view(35, 4), expected, atol=1e-5)
+    assert not module(x)[:, :, 3].any()
+    assert module.state_dict().keys() == {"mean", "std"}  # kept with the weights
+
+
+# ------------------------------------------------------------------------------------- backbone
+@pytest.mark.parametrize("arch", ["thin", "resnet18", "resnet50"])
+def test_dilation_gives_the_same_features_and_more_between_them(double, arch):
+    torch.manual_seed(0)
+    layer = common.resnet(arch, 64).layer4.eval()
+    dilated = copy.deepcopy(layer)
+    up_detr.dilate(dilated)
+    h = torch.rand(1, layer[0].conv1.in_channels, 6, 6)
+    few = layer(h)
+    many = dilated(h)
+    assert few.shape[2:] == (3, 3) and many.shape[2:] == (6, 6)
+    assert torch.allclose(many[:, :, ::2, ::2], few)
+
+
+def test_dilation_is_that_of_torchvision(double):
+    torch.manual_seed(0)
+    ours = common.resnet("resnet50", 128).layer4.eval()
+    up_detr.dilate(ours)
+    dilation = [False, False, True]
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=dilation).layer4.eval()
+    theirs.load_state_dict(ours.state_dict())
+    h = torch.rand(1, 1024, 6, 6)
+    assert torch.allclose(ours(h), theirs(h))
+
+
+# ------------------------------------------------------------------------------------ optimizer
+def test_learning_rate():
+    args = argparse.Namespace(warmup_epochs=2.0, epochs=12)
+    places = [0, 0.5, 1.5, 2, 7.99, 8, 11.9]
+    shares = [up_detr.learning_rate(args, place) for place in places]
+    assert shares == [0, 0.25, 0.75, 1, 1, 0.1, 0.1]
+    args.warmup_epochs = 0.0
+    assert up_detr.learning_rate(args, 0) == 1
+
+
+def names_of(model, group):
+    members = set(group["params"])
+    return {name for name, p in model.named_parameters() if p in members}
+
+
+def test_a_frozen_cnn_is_in_no_group(small):
+    args = small(lr=0.3, weight_decay=0.02)
+    model = up_detr.UPDETR(args)
+    optimizer = up_detr.build_optimizer(args, model)
+    (group,) = optimizer.param_groups
+    names = {name for name, _ in model.named_parameters()}
+    assert names_of(model, group) == {x for x in names if not x.startswith("backbone.")}
+    assert group["peak"] == 0.3 and group["weight_decay"] == 0.02
+    assert type(optimizer) is torch.optim.AdamW
+    assert not any(p.requires_grad for p in model.backbone.parameters())
+
+
+def test_the_cnn_is_trained_from_layer2_on_at_its_own_rate(small):
+    args = small(lr=0.3, lr_backbone=0.07)
+    model = up_detr.DETR(args, 4)
+    rest, cnn = up_detr.build_optimizer(args, model).param_groups
+    names = {name for name, _ in model.named_parameters()}
+    later = ("backbone.layer2.", "backbone.layer3.", "backbone.layer4.")
+    assert names_of(model, cnn) == {x for x in names if x.startswith(later)}
+    assert names_of(model, rest) == {x for x in names if not x.startswith("backbone.")}
+    assert rest["peak"] == 0.3 and cnn["peak"] == 0.07
+    assert cnn["weight_decay"] == rest["weight_decay"] == 1e-4
+
+
+# -------------------------------------------------------------------------------------- chance
+def test_the_loss_of_chance_is_the_best_that_constant_predictions_get(double):
+    _, _, image, _, true = a_case()
+    labels = torch.tensor([3, 1, 3, 0, 3])
+    args = argparse.Namespace(queries=6, decoder_layers=4)
+    chance = up_detr.chance_loss(labels, true, 3, 0.1, args)
+    weights = [(labels == label).sum().item() for label in range(4)] + [0.1 * (18 - 5)]
+    frequency = torch.tensor(weights) / sum(weights)
+    assert (frequency == 0).any()  # a class without an object
+    scores = (frequency + 1e-9).log().requires_grad_()
+    box = true.mean(0).expand(3, 6, 4)
+    query = torch.tensor([0, 4, 1, 2, 5])
+    loss = naive_loss(scores.expand(3, 6, 5), box, image, query, labels, true, 0.1)
+    assert abs(4 * loss - chance) < 1e-6
+    loss.backward()
+    assert scores.grad.abs().max() < 1e-6
+
+
+def test_the_chance_of_pre_training_is_that_of_a_simulation(small, monkeypatch):
+    args = small(reconstruction=0.7)
+    model = up_detr.UPDETR(args)
+    drawn = up_detr.draw_patches(500, args, common.make_generator("other"))
+    boxes = up_detr.to_centre(drawn, args)
+    image = torch.arange(500).repeat_interleave(3)
+    query = torch.tensor([0, 2, 4]).repeat(500)
+    labels = torch.zeros(1500, dtype=torch.long)
+    scores = torch.zeros(500, 6, 2)
+    scores[:, :, 0] = 3.0
+    scores[:, :, 1] = 3.0 * 0.5  # M / N
+    found = boxes.mean((0, 1)).expand(500, 6, 4)
+    target = (image, query, labels, boxes.flatten(0, 1))
+    loss = up_detr.set_loss(scores.log(), found, target, 0.5)
+    expected = 2 * (loss + 0.7 * 2)  # L layers; random directions are at a distance of 2
+    assert abs(model.chance_loss / expected - 1) < 0.01
+
+
 # -------------------------------------------------------------------------------------- patches
 def test_patches_are_cut_where_their_boxes_say(small, monkeypatch, drawn):
     args = small()
@@ -448,6 +566,86 @@ def test_two_processes_make_the_patches_of_one(small, monkeypatch, drawn):
         both = torch.cat([part[position] for part in parts])
         assert torch.allclose(whole[position].float(), both.float(), atol=1e-5)
     assert torch.equal(whole[4], parts[0][4]) and torch.equal(whole[4], parts[1][4])
+
+
+# ------------------------------------------------------------------------------------ detections
+def predicting(model, scores, boxes):
+    """The model, whose predictions are these whatever it sees, and the outputs they were of."""
+    seen = []
+
+    def predict(output):
+        seen.append(output)
+        return scores, boxes
+
+    model.predict = predict
+    return seen
+
+
+def test_find_objects(small, drawn):
+    args = small(queries=3, query_patches=3, dropout=0.5)
+    model = shaken(up_detr.DETR(args, 3))
+    chances = torch.tensor([[0.1, 0.1, 0.2, 0.6], [0.7, 0.1, 0.1, 0.1], [0.1, 0.3, 0.1, 0.5]])
+    boxes = torch.tensor([[0.1, 0.5, 0.6, 0.2], [0.5, 0.9, 0.2, 0.4], [0.5, 0.5, 1.2, 0.5]])
+    scores = torch.stack([chances, chances.flip(0)]).log()
+    seen = predicting(model, scores, torch.stack([boxes, boxes.flip(0)]))
+    (images,) = scenes.read(drawn.images, torch.arange(2).view(1, -1), 32)
+    first, second = up_detr.find_objects(model, images, args)
+    corner = torch.tensor([[0, 0.4, 0.4, 0.6], [0.4, 0.7, 0.6, 1], [0, 0.25, 1, 0.75]])
+    for found, order in ((first, [0, 1, 2]), (second, [2, 1, 0])):
+        assert torch.allclose(found[0], corner[order])
+        assert torch.allclose(found[1], torch.tensor([0.2, 0.7, 0.3])[order])
+        assert torch.equal(found[2], torch.tensor([2, 0, 1])[order])
+    assert model.training
+    model.eval()  # as it was when asked: no dropout
+    x = up_detr.build_views(args)[0].plain(images)
+    queries = model.query_embedding.expand(2, -1, -1)
+    (output,) = seen
+    assert torch.equal(output, model.decode(x, queries)[-1])
+
+
+def test_a_patch_is_where_the_best_query_of_its_group_says(small):
+    args = small(dropout=0.5)
+    model = shaken(up_detr.UPDETR(args))
+    chance = torch.tensor([[0.2, 0.3, 0.9, 0.8, 0.1, 0.4], [0.6, 0.5, 0.1, 0.2, 0.9, 0.8]])
+    scores = torch.stack([chance.log(), (1 - chance).log()], dim=2)
+    scores[0, 0] += 10.0  # of both classes: no more likely
+    boxes = random_boxes(2, 6)
+    seen = predicting(model, scores, boxes)
+    x = torch.randn(2, 3, 32, 32)
+    patches = torch.randn(2, 3, 3, 16, 16)
+    found = up_detr.search_patches(model, x, patches)
+    assert torch.equal(found[0], boxes[0, [1, 2, 5]])
+    assert torch.equal(found[1], boxes[1, [0, 3, 4]])
+    assert model.training
+    model.eval()
+    (output,) = seen
+    assert torch.equal(output, model.search(x, model.patch_features(patches))[-1])
+
+
+def test_attention_of_the_surest_query(small):
+    model = shaken(up_detr.DETR(small(), 4)).eval()
+    x = torch.randn(1, 3, 32, 64)
+    look = model.decoder[-1][1].attention
+    inputs = []
+    hook = look.register_forward_pre_hook(lambda module, given: inputs.append(given))
+    model.decode(x, model.query_embedding.unsqueeze(0))
+    hook.remove()
+    q, k, _ = (part[0] for part in inputs[0])
+    wq, wk, _ = look.in_proj_weight.chunk(3)
+    bq, bk, _ = look.in_proj_bias.chunk(3)
+    q = (q @ wq.T + bq).view(6, 2, 8)
+    k = (k @ wk.T + bk).view(-1, 2, 8)
+    logits = torch.einsum("qhc,shc->hqs", q, k) / math.sqrt(8)
+    expected = logits.softmax(2).mean(0)  # over the heads
+    for surest in (1, 4):
+        scores = torch.zeros(1, 6, 5)
+        scores[0, surest, 2] = 1.0  # an object, the others less so
+        scores[0, 3, 4] = 5.0  # nothing, and very sure of it
+        predicting(model, scores, None)
+        weights = up_detr.attention_of(model, x)
+        assert weights.shape == (4, 8)  # height and width of the CNN's map
+        assert abs(weights.sum() - 1) < 1e-5
+        assert torch.allclose(weights.flatten(), expected[surest], atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------- parity
@@ -575,7 +773,165 @@ def test_bad_input(small, tmp_path, drawn, capsys):
     broken = tmp_path / "broken.pt"
     torch.save({"conv1.weight": torch.zeros(3)}, broken)
     assert "not the weights of a thin" in said(backbone=broken)
+    deeper = torch.load(small().backbone, weights_only=True)
+    deeper["layer4.1.conv1.weight"] = torch.zeros(128, 128, 3, 3)
+    torch.save(deeper, broken)
+    assert "not the weights of a thin" in said(backbone=broken)
     assert "--query-patches 4" in said(query_patches=4)
     assert "has 3 objects" in said(queries=2, query_patches=2)
     assert "batch of 99" in said(batch_size=99)
     assert "none.png" in said(detect=tmp_path / "none.png")
+
+
+def test_broken_checkpoints_are_one_line(small, tmp_path, capsys):
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"no checkpoint")
+    assert "not a readable checkpoint" in error_line(capsys, up_detr.main, small(backbone=broken))
+    picture = tmp_path / "picture.png"
+    TF.to_pil_image(torch.zeros(3, 8, 8)).save(picture)
+    kept = tmp_path / "run" / "pretrained" / "checkpoint.pt"
+    assert f"{kept}: no such file" in error_line(capsys, up_detr.main, small(detect=picture))
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"no checkpoint")
+    said = error_line(capsys, up_detr.main, small(detect=picture))
+    assert said.startswith(f"error: {kept} is not a readable checkpoint")
+
+
+def test_weights_of_other_settings_are_one_line(small, capsys):
+    state = up_detr.DETR(small(), 4).state_dict()
+    args = small()
+    same = up_detr.DETR(args, 4)
+    up_detr.load_weights(same, state, args)
+    assert torch.equal(same.query_embedding, state["query_embedding"])
+    for flags in ({"width": 32}, {"decoder_layers": 3}):
+        model = up_detr.DETR(small(**flags), 4)
+        said = error_line(capsys, up_detr.load_weights, model, state, args)
+        assert said.startswith(f"error: {args.out}: was trained with other settings")
+
+
+def test_what_was_fine_tuned_is_checked(small, tmp_path, drawn, capsys, monkeypatch):
+    """A model of more layers, a file that is no run's, names that are lost, no box at all."""
+    up_detr.main(small())
+    picture = tmp_path / "picture.png"
+    TF.to_pil_image(torch.zeros(3, 8, 8)).save(picture)
+    tuned = tmp_path / "run" / "pretrained"
+    (tuned / "classes.json").unlink()
+    said = error_line(capsys, up_detr.main, small(detect=picture))
+    assert "classes.json: missing or damaged" in said
+    torch.save({"conv1.weight": torch.zeros(1)}, tuned / "checkpoint.pt")
+    said = error_line(capsys, up_detr.main, small(detect=picture))
+    assert said.startswith(f"error: {tuned / 'checkpoint.pt'}: not the checkpoint of a run")
+    monkeypatch.undo()
+    folder = write_coco(tmp_path / "mine", drawn.part(list(range(4))))
+    write_coco(folder, drawn.part(list(range(4, 6))), "val")
+    said = error_line(capsys, up_detr.main, small(finetune=folder, decoder_layers=3))
+    assert "other settings" in said
+    said = error_line(capsys, up_detr.main, small(finetune=folder, decoder_layers=1))
+    assert "other settings" in said
+    empty = drawn.part([0, 1])
+    empty.boxes = [torch.zeros(0, 4)] * 2
+    data = scenes.SceneData("scenes", drawn.images, empty, None, common.PATTERNS)
+    assert "has a box" in error_line(capsys, up_detr.check_queries, small(), data)
+
+
+def test_a_report_of_few_pictures(small, tmp_path, drawn, monkeypatch):
+    few = drawn.part([0, 1])
+    data = scenes.SceneData("scenes", drawn.images[:16], few, few, common.PATTERNS)
+    monkeypatch.setattr(scenes, "load_scenes", lambda *_: data)
+    up_detr.main(small(tune_batch_size=2))
+    assert (tmp_path / "run" / "report.png").exists()
+
+
+def test_fine_tuning_on_pictures_without_boxes_is_one_line(small, photos, monkeypatch, capsys):
+    monkeypatch.undo()
+    said = error_line(capsys, up_detr.main, small(finetune=photos))
+    assert f"--finetune {photos}: has no boxes" in said
+
+
+def test_the_folder_of_own_boxes_is_named_after_them(monkeypatch, tmp_path):
+    args = argparse.Namespace(finetune="/data/mine/")
+    assert up_detr.own_name(args) == "finetuned-mine"
+    (tmp_path / "birds").mkdir()
+    monkeypatch.chdir(tmp_path / "birds")
+    args.finetune = "."
+    assert up_detr.own_name(args) == "finetuned-birds"
+
+
+def test_the_backbone_that_is_missing(monkeypatch, tmp_path, capsys):
+    ran = []
+    done = types.SimpleNamespace(returncode=0)
+
+    def start(command):
+        ran.append([str(word) for word in command])
+        return done
+
+    def find(path):
+        up_detr.find_backbone(argparse.Namespace(backbone=path))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(up_detr.subprocess, "run", start)
+    default = up_detr.SETTINGS["backbone"][0]
+    assert "--backbone: which weights" in error_line(capsys, find, "")
+    assert "--backbone mine.pt: no such file" in error_line(capsys, find, "mine.pt")
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "0")  # as under torchrun
+        assert f"--backbone {default}: no such file" in error_line(capsys, find, default)
+    assert ran == []
+    find(default)
+    ((_, script, *flags),) = ran
+    assert script.endswith("swav.py") and flags == ["--out", "runs/swav-patterns"]
+    done.returncode = 1
+    assert "swav.py did not finish" in error_line(capsys, find, default)
+    ran.clear()
+    (tmp_path / "mine.pt").touch()
+    find("mine.pt")
+    assert ran == []
+
+
+def test_precision():
+    log = [{"epoch": 0, "ap50": 1.0, "ap": 0.5}]
+    for epoch in range(1, 7):
+        log.append({"epoch": epoch, "seconds": 2.0 + epoch})
+    log[-1] |= {"ap50": 40.0, "ap": 20.0}
+    run = types.SimpleNamespace(log=log)
+    seconds = 3 + 4 + 5 + 6 + 7 + 8
+    expected = {"ap50": 40.0, "ap": 20.0, "tune_seconds": seconds}
+    assert up_detr.precision(run, "") == expected
+    log[3] |= {"ap50": 25.0, "ap": 9.0}  # half is not a third
+    assert up_detr.precision(run, "") == expected
+    log[2] |= {"ap50": 30.0, "ap": 10.0}
+    expected["third_ap50"] = 30.0
+    found = up_detr.precision(run, "scratch_")
+    assert found == {"scratch_" + name: x for name, x in expected.items()}
+
+
+def test_what_fine_tuning_takes_over(small, monkeypatch):
+    """All that detection needs from the pre-training; from scratch, the CNN as it was before."""
+    before = []
+    after = []
+    fit = up_detr.fit
+
+    def record(args, model, *rest):
+        before.append(copy.deepcopy(model.state_dict()))
+        run = fit(args, model, *rest)
+        after.append(copy.deepcopy(model.state_dict()))
+        return run
+
+    monkeypatch.setattr(up_detr, "fit", record)
+    # With a CNN that changes, its weights tell which of the two were taken.
+    args = small(epochs=1, tune_epochs=1, scratch_epochs=1, warmup_epochs=0.0, lr_backbone=1e-3)
+    up_detr.main(args)
+    start, tuned, scratch = before
+    trained = after[0]
+    torch.manual_seed(args.seed)
+    fresh = up_detr.DETR(args, 10).state_dict()
+    assert fresh.keys() == tuned.keys() == scratch.keys()
+    assert not torch.equal(start["standardize.mean"], fresh["standardize.mean"])
+    changed = {name for name in start if not torch.equal(start[name], trained[name])}
+    assert {"backbone.layer2.0.conv1.weight", "query_embedding"} < changed
+    for name in fresh:
+        source = fresh if name.startswith("class_head.") else trained
+        assert torch.equal(tuned[name], source[name]), name
+        source = start if name.startswith(("backbone.", "standardize.")) else fresh
+        assert torch.equal(scratch[name], source[name]), name
