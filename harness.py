@@ -121,7 +121,8 @@ def clean_exit(stopped="stopped; the same command continues after the last finis
     try:
         yield
         if dist.is_initialized():
-            dist.barrier()  # one that left early has aborted at times, and torchrun ended the rest
+            dist.barrier()
+            time.sleep(0.5)  # gloo's threads still hold tensors; ending before they let go aborts
     except KeyboardInterrupt:
         if rank() == 0:
             print(f"\n{stopped}", flush=True)
