@@ -1,16 +1,13 @@
 """What features learnt without labels are worth where few images have one.
 
-    python -m results.few_labels --data FOLDER --backbones RUNS
-    python -m results.few_labels simclr --data FOLDER --backbones RUNS --labels 3 10
+    python -m results.few_labels runs/*/checkpoint.pt --data FOLDER
+    python -m results.few_labels runs/moco_v2/checkpoint.pt --data FOLDER --fine-tune
+    python -m results.few_labels --data FOLDER --labels 0 --fine-tune --steps 10000   # supervised
 
-RUNS holds METHOD/backbone.pt for each method, trained on FOLDER's images (or the data set that
---data names) by that script. From 1, 3, 10 and 100 labels per class, and from all, it measures on
-all test images
-
-linear        a linear classifier on the frozen features
-fine-tuned    the whole network trained on from there
-and the same from random weights, where "fine-tuned" is a supervised network from scratch: it has
-the same augmentation (SimCLR's), optimizer and number of steps.
+From 1, 3, 10 and 100 labels per class it measures, on all test images, a linear classifier on the
+frozen features of each checkpoint and of random weights. With --fine-tune also the whole network,
+trained on from there; from random weights, that is a supervised network from scratch. It has the
+same augmentation (SimCLR's), optimizer and number of steps.
 
 Three seeds draw which images are labelled. A line is added to results/few_labels.jsonl as a figure
 is known; what has its line already is skipped."""
@@ -26,15 +23,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import evaluate
 import harness
 import simclr
-from results.methods import METHODS, choose
 
 LINES = Path(__file__).resolve().parent / "few_labels.jsonl"
 RANDOM = "random weights"
-LABELS = (1, 3, 10, 100, 0)  # per class; 0: all
 SEEDS = (0, 1, 2)
-STEPS = 1000
 BATCH = 128
 RATE = 0.05
 
@@ -79,69 +74,77 @@ def top1(network, view, images, labels):
     return common.accuracy(torch.cat(scores), labels)["top1"]
 
 
-def build_backbone(start, folder):
-    """The network of a method's default recipe, with the weights of its run or with random ones."""
-    torch.manual_seed(0)
-    backbone = common.resnet("thin", 32)
-    if start != RANDOM:
-        weights = harness.load_checkpoint(folder / start / "backbone.pt")
-        try:
-            backbone.load_state_dict(weights)
-        except RuntimeError:
-            common.fail(f"{folder / start / 'backbone.pt'}: not the weights of a thin ResNet")
-    return backbone
+def linear(backbone, view, images, labels, data):
+    """Top-1 of a linear classifier on frozen features of these images."""
+    h = common.features(backbone, images, view, "cpu")
+    h_test = common.features(backbone, data.test[0], view, "cpu")
+    return common.linear_probe(h, labels, h_test, data.test[1], len(data.classes))["top1"]
 
 
-def measure(start, per_class, seed, data, folder):
-    """{how: top-1 in percent of the test images}."""
-    backbone = build_backbone(start, folder)
+def load(checkpoint):
+    """(what its lines are called, backbone) of a checkpoint; of random weights if it is None."""
+    if checkpoint is None:
+        torch.manual_seed(0)
+        return {"method": RANDOM, "epochs": 0}, common.resnet("thin", 32)
+    backbone, _, _ = evaluate.load_backbone(checkpoint)
+    args = harness.load_checkpoint(checkpoint).get("args", {})
+    if not {"method", "epochs"} <= args.keys():
+        common.fail(f"{checkpoint}: not a checkpoint of one of the scripts here")
+    return {"method": args["method"], "epochs": args["epochs"]}, backbone
+
+
+def measure(backbone, per_class, seed, data, steps):
+    """Top-1 in percent of the test images: of a linear classifier, or, with steps, fine-tuned."""
     view = simclr.build_views(simclr.parse_args(["--recipe", "patterns"]))[0]
     images, labels = data.train
     rows = draw_labelled(labels, per_class, seed)
-    images = images[rows]
-    labels = labels[rows]
-    test_images, test_labels = data.test
+    if steps == 0:
+        return linear(backbone, view, images[rows], labels[rows], data)
     classes = len(data.classes)
-    h = common.features(backbone, images, view, "cpu")
-    h_test = common.features(backbone, test_images, view, "cpu")
-    linear = common.linear_probe(h, labels, h_test, test_labels, classes)["top1"]
-    network = fine_tune(backbone, view, images, labels, classes, seed, STEPS)
-    return {"linear": linear, "fine-tuned": top1(network, view, test_images, test_labels)}
+    network = fine_tune(backbone, view, images[rows], labels[rows], classes, seed, steps)
+    return top1(network, view, *data.test)
 
 
-def read_lines():
+def is_recorded(key):
     if not LINES.exists():
-        return []
-    return [json.loads(line) for line in LINES.read_text().splitlines()]
+        return False
+    lines = LINES.read_text().splitlines()
+    return any(key.items() <= json.loads(line).items() for line in lines)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = common.fail
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help="default: all of a ResNet")
-    parser.add_argument("--data", required=True, help="CIFAR-10: a folder, or cifar10")
-    parser.add_argument("--backbones", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--labels", type=int, nargs="+", default=LABELS, help="per class; 0: all")
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="of the scripts here")
+    parser.add_argument("--data", required=True, help="a data set, or a folder with train and test")
+    parser.add_argument("--labels", type=int, nargs="+", default=(1, 3, 10, 100), help="0: all")
+    parser.add_argument("--fine-tune", action="store_true", help="train the whole network as well")
+    parser.add_argument(
+        "--steps", type=int, default=600, help=f"of fine-tuning; {BATCH} images each"
+    )
     args = parser.parse_args(argv)
+    if args.steps < 1 or min(args.labels) < 0:
+        common.fail("--steps is at least 1, --labels at least 0")
     torch.set_num_threads(1)
-    starts = args.methods
-    if not starts:
-        starts = [name for name in METHODS if (args.backbones / name / "backbone.pt").exists()]
-        starts = [name for name in starts if name != "moco_v3"]  # whose network is another
-    choose(starts)
     data = common.load_images(args.data)
-    for per_class in args.labels:
-        for start in [*starts, RANDOM]:
-            for seed in SEEDS:
-                key = {"start": start, "labels": per_class, "seed": seed}
-                done = [line for line in read_lines() if key.items() <= line.items()]
-                if done:
-                    continue
-                found = measure(start, per_class, seed, data, args.backbones)
-                with open(LINES, "a") as file:
-                    file.write(json.dumps(key | found) + "\n")
-                print(f"{start}, {per_class or 'all'} labels per class, seed {seed}: {found}")
+    if not data.train or not data.test or not torch.is_tensor(data.pretrain):
+        common.fail(
+            f"--data {args.data}: no labelled images of one small size, to train and to test"
+        )
+    for checkpoint in [*args.checkpoints, None]:
+        called, backbone = load(checkpoint)
+        for steps in (0, args.steps) if args.fine_tune else (0,):
+            for per_class in args.labels:
+                for seed in SEEDS:
+                    key = {"data": data.name, **called, "labels": per_class}
+                    key |= {"seed": seed, "steps": steps}
+                    if is_recorded(key):
+                        continue
+                    found = {"top1": measure(backbone, per_class, seed, data, steps)}
+                    with open(LINES, "a") as file:
+                        file.write(json.dumps(key | found) + "\n")
+                    print(json.dumps(key | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import error_line, small_args
 
 import common
+import harness
+import simclr
 from results import few_labels
 
 
@@ -15,6 +17,14 @@ def data():
     images, labels = common.patterns(400)
     test = (images[300:], labels[300:])
     return common.Data("few", images[:300], (images[:300], labels[:300]), test, common.PATTERNS)
+
+
+@pytest.fixture(scope="module")
+def whole_run(folder, tmp_path_factory):
+    """The checkpoint of a run of one epoch."""
+    out = tmp_path_factory.mktemp("run")
+    simclr.main(small_args(simclr, data=folder, out=out, epochs=1))
+    return out / "checkpoint.pt"
 
 
 def test_labels_are_drawn_per_class(data, capsys):
@@ -31,7 +41,7 @@ def test_labels_are_drawn_per_class(data, capsys):
 
 
 def test_fine_tuning_learns_and_leaves_its_start_alone(data):
-    backbone = few_labels.build_backbone(few_labels.RANDOM, None)
+    _, backbone = few_labels.load(None)
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     view = common.Augment(32, scale=(0.8, 1.0))
     images, labels = data.train
@@ -52,24 +62,55 @@ def test_top1_is_a_percentage_of_all_images(data):
     assert few_labels.top1(network, view, images, labels) == pytest.approx(100 * share)
 
 
-def test_a_line_per_start_number_and_seed(data, tmp_path, monkeypatch, capsys):
-    (tmp_path / "simclr").mkdir()
-    backbone = few_labels.build_backbone(few_labels.RANDOM, None)
-    torch.save(backbone.state_dict(), tmp_path / "simclr" / "backbone.pt")
-    monkeypatch.setattr(few_labels, "LINES", tmp_path / "lines.jsonl")
-    monkeypatch.setattr(few_labels, "STEPS", 1)
+@pytest.fixture
+def lines(data, tmp_path, monkeypatch):
+    """Reads what has been recorded; the images are those of `data`."""
+    path = tmp_path / "lines.jsonl"
+    monkeypatch.setattr(few_labels, "LINES", path)
     monkeypatch.setattr(common, "load_images", lambda name: data)
-    words = ["--data", "few", "--backbones", str(tmp_path), "--labels", "1", "2"]
+    return lambda: [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_line_per_checkpoint_number_and_seed(whole_run, lines):
+    words = [str(whole_run), "--data", "few", "--labels", "1", "2"]
     few_labels.main(words)
-    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
-    found = {(line["start"], line["labels"], line["seed"]) for line in lines}
-    starts = ("simclr", few_labels.RANDOM)
-    assert found == {(start, n, seed) for start in starts for n in (1, 2) for seed in range(3)}
-    assert all(0 <= line["linear"] <= 100 and 0 <= line["fine-tuned"] <= 100 for line in lines)
+    first = lines()
+    found = {(line["method"], line["epochs"], line["labels"], line["seed"]) for line in first}
+    starts = (("simclr", 1), (few_labels.RANDOM, 0))
+    assert found == {(*start, n, seed) for start in starts for n in (1, 2) for seed in range(3)}
+    assert all(line["steps"] == 0 and 0 <= line["top1"] <= 100 for line in first)
     few_labels.main(words)  # nothing is left to do
-    assert len((tmp_path / "lines.jsonl").read_text().splitlines()) == len(lines)
-    capsys.readouterr()
-    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "simclr" / "backbone.pt")
-    words[-2:] = ["3"]
-    assert "not the weights of a thin" in error_line(capsys, few_labels.main, words)
-    assert "not one of" in error_line(capsys, few_labels.main, ["byool", *words])
+    assert lines() == first
+    few_labels.main([*words, "--fine-tune", "--steps", "1"])
+    assert lines()[: len(first)] == first
+    tuned = [line for line in lines()[len(first) :] if line["steps"] == 1]
+    assert len(tuned) == len(first) == len(lines()) - len(first)
+
+
+def test_the_features_are_those_of_the_checkpoint(whole_run, data):
+    called, backbone = few_labels.load(str(whole_run))
+    assert called == {"method": "simclr", "epochs": 1}
+    weights = harness.load_checkpoint(whole_run)["model"]
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[f"backbone.{name}"])
+    _, random = few_labels.load(None)
+    assert not torch.equal(random.conv1.weight, backbone.conv1.weight)
+
+
+def test_more_labels_are_used_if_there_are_more(data):
+    _, backbone = few_labels.load(None)
+    one = few_labels.measure(backbone, 1, 0, data, 0)
+    every = few_labels.measure(backbone, 0, 0, data, 0)
+    assert every > one + 5
+
+
+def test_bad_input(whole_run, data, lines, capsys, tmp_path, monkeypatch):
+    words = [str(whole_run), "--data", "few"]
+    assert "at least 1" in error_line(capsys, few_labels.main, [*words, "--steps", "0"])
+    assert "at least 0" in error_line(capsys, few_labels.main, [*words, "--labels", "-1"])
+    foreign = tmp_path / "foreign.pt"
+    torch.save(common.resnet("thin", 32).state_dict(), foreign)
+    assert "foreign.pt" in error_line(capsys, few_labels.main, [str(foreign), *words[1:]])
+    unlabelled = common.Data("few", data.pretrain, (), (), [])
+    monkeypatch.setattr(common, "load_images", lambda name: unlabelled)
+    assert "labelled images of one" in error_line(capsys, few_labels.main, words)
