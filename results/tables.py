@@ -14,6 +14,7 @@ import statistics
 from common import fail
 from results.methods import ROOT, SCRIPTS, parent
 
+RANDOM = "random weights"
 LONGEST_DIFF = 250  # lines from which on nobody would read a diff
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -77,8 +78,11 @@ def devices(runs):
 
 
 def accuracies(runs, root):
+    """Of the nine methods; from one and from three labels per class as results/few_labels.py
+    records it, and a supervised network beside them."""
     columns = ["method", "backbone", "epochs", "seeds", "linear top-1 (%)", "kNN top-1 (%)"]
-    columns += ["both, random weights", "training (s)"]
+    columns += ["both, random weights", "linear, 1 / 3 labels per class", "training (s)"]
+    few = [line for line in read("few_labels") if line["data"] == runs[0]["data"]]
     rows = []
     for group in grouped(runs, "method", "arch", "epochs"):
         first = group[0]
@@ -86,9 +90,42 @@ def accuracies(runs, root):
         row.append(spread(group, "linear_top1"))
         row.append(f"{spread(group, 'knn_top1')} (k={first['knn_k']})")
         row.append(f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}")
+        same = {"method": first["method"], "epochs": first["epochs"], "steps": 0}
+        row.append(" / ".join(with_labels(few, labels, same) for labels in (1, 3)))
         row.append(spread(group, "seconds"))
         rows.append(row)
+    supervised = [line for line in few if line["steps"] and line["method"] == RANDOM]
+    whole = with_labels(supervised, 0, {})
+    if whole:
+        row = ["supervised, from scratch", "thin", "", 3, whole, "", ""]
+        row.append(" / ".join(with_labels(supervised, labels, {}) for labels in (1, 3)))
+        rows.append([*row, ""])
     return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
+
+
+def with_labels(lines, labels, same):
+    """Mean ± standard deviation of the lines from so many labels per class that agree with `same`;
+    an empty cell where there is none."""
+    wanted = {"labels": labels, **same}
+    found = [line for line in lines if wanted.items() <= line.items()]
+    return spread(found, "top1") if found else ""
+
+
+def few_labels(lines, _):
+    """Of what results/few_labels.py records on photographs."""
+    numbers = sorted({line["labels"] for line in lines} - {0})
+    columns = ["features of", "epochs", "how"]
+    columns += [f"{n} label{'s' if n > 1 else ''} per class (%)" for n in numbers]
+    rows = []
+    photographs = [line for line in lines if line["data"] != "patterns"]
+    for group in grouped(photographs, "method", "epochs", "steps"):
+        first = group[0]
+        how = f"fine-tuned, {first['steps']} steps" if first["steps"] else "linear"
+        if not any(line["labels"] for line in group):
+            continue  # a supervised network with all labels stands in the table of the methods
+        row = [first["method"], first["epochs"] or "", how]
+        rows.append([*row, *[with_labels(group, n, {}) for n in numbers]])
+    return markdown(columns, rows)
 
 
 def accuracies_short(runs, root):
@@ -259,7 +296,8 @@ def precision_cells(runs, start):
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
-    "cifar10_jpeg": ("cifar10_jpeg", accuracies),
+    "laptop": ("laptop", accuracies),
+    "few_labels": ("few_labels", few_labels),
     "cifar10": ("cifar10", one_gpu),
     "steps": ("steps", parts_of_a_step),
     "densecl_matches": ("densecl_matches", matches),

@@ -935,3 +935,75 @@ def test_what_fine_tuning_takes_over(small, monkeypatch):
         assert torch.equal(tuned[name], source[name]), name
         source = start if name.startswith(("backbone.", "standardize.")) else fresh
         assert torch.equal(scratch[name], source[name]), name
+
+
+# ----------------------------------------------------------------------------- recipes
+PAPER = {
+    # The ResNet-50 of SwAV, whose weights the user names. No picture has one size in the paper:
+    # short sides of 320 to 480 pixels in the official code, of which this is the largest.
+    "backbone": "",
+    "arch": "resnet50",
+    "size": 480,
+    "dilation": 0,
+    # The official code: sides from 8 pixels to all but 8, resized to 128; SimCLR's colours.
+    "patch_size": 128,
+    "patch_min": 8,
+    "patch_max": 0,
+    "jitter": 1.0,
+    # DETR's transformer: six layers each, width 256, 8 heads, dropout .1.
+    "width": 256,
+    "heads": 8,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "ffn_dim": 2048,
+    "dropout": 0.1,
+    # 100 queries, 10 patches, 10 % of the queries masked; equation 2.
+    "queries": 100,
+    "query_patches": 10,
+    "query_mask": 0.1,
+    "query_shuffle": 0,
+    "reconstruction": 1.0,
+    "other_patches": 0,
+    # 60 epochs of 256, AdamW, the CNN frozen; DETR clips the norm at .1.
+    "unlabelled": 0,
+    "epochs": 60,
+    "batch_size": 256,
+    "lr": 1e-4,
+    "lr_backbone": 0.0,
+    "warmup_epochs": 0.0,
+    "weight_decay": 1e-4,
+    "clip": 0.1,
+    # Fine-tuning: 150 epochs, the CNN at half the transformer's rate; 8 GPUs of two pictures.
+    "labelled": 0,
+    "tune_epochs": 150,
+    "tune_batch_size": 16,
+    "tune_lr": 1e-4,
+    "tune_lr_backbone": 5e-5,
+    "scratch_lr": 1e-4,
+    "scratch_epochs": 150,
+}
+COCO = PAPER | {  # one GPU in a day or two
+    "size": 512,
+    "patch_min": 64,
+    "epochs": 30,
+    "batch_size": 32,
+    "tune_epochs": 50,
+    "scratch_epochs": 50,
+}
+
+
+@pytest.mark.parametrize("recipe, expected", [("paper", PAPER), ("coco", COCO)])
+def test_recipes(recipe, expected):
+    column = up_detr.SETTINGS["recipe"].index(recipe)
+    found = {name: row[column] for name, row in up_detr.SETTINGS.items()}
+    del found["recipe"], found["eval_every"]
+    assert found == expected
+    assert vars(up_detr.parse_args(["--recipe", recipe])).items() >= expected.items()
+
+
+def test_the_schedule_of_the_paper():
+    """A tenth from the fortieth of sixty epochs on, as the hundredth of 150 of fine-tuning."""
+    args = up_detr.parse_args(["--recipe", "paper"])
+    assert [up_detr.learning_rate(args, epoch) for epoch in (0, 39, 40, 59)] == [1, 1, 0.1, 0.1]
+    args.epochs = args.tune_epochs
+    assert [up_detr.learning_rate(args, epoch) for epoch in (99, 100)] == [1, 0.1]
