@@ -100,7 +100,7 @@ def load_backbone(path: str) -> tuple[nn.Module, Augment, str]:
     if not isinstance(state, dict) or not all(torch.is_tensor(x) for x in state.values()):
         fail(f"{path} holds no weights that this program knows")
     state = {name.removeprefix("module."): x for name, x in state.items()}
-    ours = "args" in checkpoint and "random_state" in checkpoint
+    ours = "args" in checkpoint and "log" in checkpoint
     prefix = find_prefix(state, OURS if ours else LAYOUTS)
     if prefix is None:
         fail(f"{path}: no ResNet or ViT under any of the names {', '.join(LAYOUTS)}")

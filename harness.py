@@ -250,13 +250,13 @@ class Run:
             self.shown = time.time()  # reading the loss waits for the device: once per second
             print(f"\rstep {self.steps}/{len(self.views)}, loss {loss.item():.3f}", end="")
 
-    def log_start(self, metrics):
-        """Records what the random weights reach. Replaces what was in args.out."""
+    def log_start(self, metrics, what="random weights"):
+        """Records what the weights reach before training. Replaces what was in args.out."""
         self.log = [{"epoch": 0, **metrics}]
         if rank() == 0:
             self.write()
             (self.out / "result.json").unlink(missing_ok=True)
-            self.say("random weights", metrics)
+            self.say(what, metrics)
 
     def after_epoch(self, metrics):
         """Records an epoch, prints its line and writes checkpoint.pt and log.jsonl."""

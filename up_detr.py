@@ -633,7 +633,7 @@ def fit(args, model, images, draw, judge, device):
     run = harness.Run(args, model, optimizer, pictures)  # continues where a killed run stopped
     if run.is_new:
         forget(run.out)  # what followed an earlier training
-        run.log_start(judge())
+        run.log_start(judge(), "at the start")
     if args.compile:
         model.compile()
     network = DistributedDataParallel(model) if world_size() > 1 else model
@@ -792,7 +792,10 @@ def finetune_own(args):
         fail(f"--finetune {args.finetune}: has no boxes (annotations/instances_train.json)")
     check_queries(args, data)
     state = load_model(args.out)
-    return finetune(args, data, own_name(args), state, device)
+    found = finetune(args, data, own_name(args), state, device)
+    if rank() == 0:
+        print(f"to see what it finds: --finetune {args.finetune} --detect PICTURE", flush=True)
+    return found
 
 
 def own_name(args):

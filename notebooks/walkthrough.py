@@ -1,6 +1,7 @@
 """What the notebooks share: short trainings, drawings, excerpts of the scripts, and the check of an
 exercise. Nothing in here belongs to a method."""
 
+import argparse
 import contextlib
 import copy
 import difflib
@@ -12,6 +13,7 @@ import math
 import multiprocessing
 import os
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ COMMAND = "PYTHONPATH=$PWD:$PWD/tests jupyter notebook notebooks"
 try:
     import common
     import harness
+    from results import weights
 except ModuleNotFoundError as error:
     if error.name not in ("common", "harness"):
         raise
@@ -36,7 +39,7 @@ except ModuleNotFoundError as error:
     ) from None
 
 ROOT = Path(common.__file__).resolve().parent
-plt.rcParams |= {"figure.dpi": 72, "figure.constrained_layout.use": True, "axes.titlesize": 10}
+plt.rcParams |= {"figure.dpi": 110, "figure.constrained_layout.use": True, "axes.titlesize": 9.5}
 DATA = common.load_images("patterns")
 
 
@@ -181,6 +184,22 @@ def untrained(script, **flags):
     return build_model(script, args)
 
 
+def finished(script):
+    """The model of a finished run of the default recipe, as results/weights/ keeps it, and the log
+    of that run. Moving averages and queues are not kept: they are as a new model has them."""
+    saved = harness.load_checkpoint(ROOT / "results" / "weights" / f"{script.__name__}.pt")
+    model = build_model(script, argparse.Namespace(**saved["args"]))
+    left = model.load_state_dict(saved["model"], strict=False)
+    assert not left.unexpected_keys
+    assert all(name.startswith(weights.LEFT_OUT) for name in left.missing_keys)
+    return model.float().eval(), saved["log"]
+
+
+def view_of(script):
+    """The augmentation of the first view, by whose `plain` evaluation sees images."""
+    return script.build_views(script.parse_args([]))[0]
+
+
 @torch.no_grad()
 def embed(network, images, augment):
     """Outputs (N, D) in eval mode for uint8 images, as evaluation sees them."""
@@ -228,6 +247,65 @@ def bars(values, title, chance=None, unit="%"):
     if chance is not None:
         axis.axhline(chance, color="gray", linestyle=":")
     plt.show()
+
+
+def findings(*keys):
+    """What results/findings.py measured of these findings, drawn beside the paper's numbers: the
+    mean of the seeds with their standard deviation, and the verdict."""
+    entries = json.loads((ROOT / "results" / "findings.json").read_text())
+    known = {entry["key"]: entry for entry in entries}
+    for key in keys:
+        draw_finding(known[key])
+
+
+def draw_finding(entry):
+    measured = {}
+    for name, arm in entry["arms"].items():
+        if arm["found"] is not None:
+            measured[name] = arm["found"]
+    rows = max(len(measured), len(entry["paper"]), 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.36 * rows))
+    if entry["paper"]:
+        draw_arms(left, entry["paper"], {})
+        left.set(title=f"the paper: {entry['source']}")
+    else:
+        left.axis("off")
+        source = textwrap.fill(f"the paper: {entry['source']}", 45)
+        left.text(0.5, 0.5, source, ha="center", va="center", transform=left.transAxes)
+    means = {name: found["mean"] for name, found in measured.items()}
+    draw_arms(right, means, {name: found["std"] for name, found in measured.items()})
+    title = "here: CIFAR-10, linear top-1 (%)"
+    if any(arm["metric"] == "cell_top1" for arm in entry["arms"].values()):
+        title = "here: four images in one, top-1 of single cells (%)"
+    levels = [found["random_mean"] for found in measured.values() if found["random_mean"]]
+    if levels:
+        right.axvline(sum(levels) / len(levels), color="black", linestyle=":")
+        title += "; dotted: random weights"
+    right.set(title=title)
+    figure.suptitle(f"{entry['claim']}  → {entry['verdict']}", fontsize=11, weight="bold")
+    plt.show()
+
+
+def draw_arms(axis, means, spreads):
+    """A horizontal bar for each arm, the first on top."""
+    values = list(means.values())
+    bars = axis.barh(list(means), values, color="tab:blue", alpha=0.6)
+    labels = []
+    for row, (name, value) in enumerate(means.items()):
+        spread = spreads.get(name)
+        labels.append(f"{value:.1f} ± {spread:.1f}" if spread else f"{value:.1f}")
+        if spread:
+            axis.errorbar(value, row, xerr=spread, color="black", capsize=3)
+    right = max([value + (spreads.get(name) or 0) for name, value in means.items()], default=1)
+    for bar, label in zip(bars, labels):
+        axis.text(1.05 * right, bar.get_y() + bar.get_height() / 2, label, va="center")
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.4 * right))
+
+
+def say(*sentences):
+    """Prose whose figures come from the cell that says it."""
+    display(Markdown(" ".join(sentences)))
 
 
 def table(rows, *names):

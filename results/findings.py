@@ -659,28 +659,32 @@ def summary(arm, runs, spread):
     values = [line[arm.metric] for line in lines]
     std = statistics.stdev(values) if len(values) > 1 else spread
     knn_mean = None
+    random_mean = None
     if not arm.composites:
         knn_mean = statistics.mean(line["knn_top1"] for line in lines)
+    if arm.metric == "linear_top1":
+        random_mean = statistics.mean(line["random_linear_top1"] for line in lines)
     return {
         "mean": statistics.mean(values),
         "std": std if len(values) > 1 else None,
         "error": std / len(values) ** 0.5,
         "knn_mean": knn_mean,
+        "random_mean": random_mean,
         "embedding_std": statistics.mean(line["std"] for line in lines),
         "seeds": list(arm.seeds),
     }
 
 
 def typical_spread(runs):
-    """The root mean square of the standard deviations of all arms with several seeds."""
-    variances = []
+    """The median of the standard deviations of all arms with several seeds."""
+    spreads = []
     for finding in FINDINGS:
         for arm in finding.arms.values():
             keys = [arm.key(seed) for seed in arm.seeds]
             values = [runs[key][arm.metric] for key in keys if key in runs]
             if len(values) > 1:
-                variances.append(statistics.variance(values))
-    return statistics.mean(variances) ** 0.5 if variances else 0.0
+                spreads.append(statistics.stdev(values))
+    return statistics.median(spreads) if spreads else 0.0
 
 
 def verdict(compare, found):

@@ -114,10 +114,12 @@ def test_summary_of_an_arm():
     arm = Arm("simclr")
     runs = {}
     for seed, value in enumerate((40.0, 42.0, 44.0)):
-        runs[arm.key(seed)] = {"linear_top1": value, "knn_top1": 30.0, "std": 0.9}
+        line = {"linear_top1": value, "knn_top1": 30.0, "random_linear_top1": 20.0, "std": 0.9}
+        runs[arm.key(seed)] = line
     found = findings.summary(arm, runs, spread=5.0)
     assert found["mean"] == 42.0
     assert found["std"] == 2.0
+    assert found["random_mean"] == 20.0
     assert found["error"] == pytest.approx(2 / 3**0.5)
     one = findings.summary(replace(arm, seeds=(0,)), runs, spread=5.0)
     assert one["std"] is None
