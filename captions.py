@@ -60,7 +60,7 @@ TEMPLATES = (  # the seven that did best on ImageNet (official notebook)
     "a photo of the small {}.",
 )
 SAID = 0.5  # probability that a caption mentions an attribute
-TRAIN_SEED = 1  # of the patterns with captions; common.py's own have seed 0
+TRAIN_SEED = 1  # of the patterns with captions; common.py's own have seeds 0 and 50
 TEST_SEED = 70
 HELD_OUT = 10  # one in so many pairs of a folder is held out, at most 1,000
 

@@ -162,7 +162,7 @@ def load_images(name: str, root: str = "data", device: torch.device | str = "cpu
     images is not. Exits with one line if the folder or data set cannot be used."""
     if name == "patterns":
         images, labels = patterns(5000)
-        more_images, more_labels = patterns(3000, seed=1)
+        more_images, more_labels = patterns(3000, seed=50)
         train = (images[:4000], labels[:4000])
         test = (torch.cat([images[4000:], more_images]), torch.cat([labels[4000:], more_labels]))
         sets = {"train": train, "test": test}
