@@ -36,7 +36,7 @@ SETTINGS = {
     "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
     "size":                (32,         32,         224,        "side of a view, in pixels"),
     "crop_min":            (0.2,        0.08,       0.08,       "least area of a crop, of 1"),
-    "epochs":              (30,         200,        1000,       "passes over the images"),
+    "epochs":              (45,         200,        1000,       "passes over the images"),
     "batch_size":          (64,         256,        4096,       "images per step, all processes"),
     "optimizer":           ("sgd",      "sgd",      "lars",     "sgd or lars"),
     "lr":                  (0.6,        0.12,       0.2,        "per 256 images of the batch"),

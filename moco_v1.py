@@ -38,7 +38,7 @@ SETTINGS = {
     "recipe":              ("patterns", "cifar10",  "imagenet", "what the columns are for"),
     "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
     "size":                (32,         32,         224,        "side of a view, in pixels"),
-    "epochs":              (20,         200,        200,        "passes over the images"),
+    "epochs":              (40,         200,        200,        "passes over the images"),
     "batch_size":          (64,         512,        256,        "images per step, all processes"),
     "lr":                  (0.12,       0.03,       0.03,       "per 256 images of the batch"),
     "weight_decay":        (1e-4,       5e-4,       1e-4,       "on all parameters"),

@@ -34,7 +34,7 @@ SETTINGS = {
     "recipe":              ("patterns", "cifar10",  "imagenet", "what the columns are for"),
     "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
     "size":                (32,         32,         224,        "side of a view, in pixels"),
-    "epochs":              (20,         200,        1000,       "passes over the images"),
+    "epochs":              (30,         200,        1000,       "passes over the images"),
     "batch_size":          (256,        512,        4096,       "images per step, all processes"),
     "optimizer":           ("lars",     "sgd",      "lars",     "sgd or lars"),
     "lr":                  (6.0,        0.12,       0.3,        "per 256 images of the batch"),

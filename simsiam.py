@@ -35,7 +35,7 @@ SETTINGS = {
     "recipe":              ("patterns", "cifar10",  "imagenet", "what the columns are for"),
     "arch":                ("thin",     "resnet18", "resnet50", "thin, or a ResNet of torchvision"),
     "size":                (32,         32,         224,        "side of a view, in pixels"),
-    "epochs":              (25,         200,        100,        "passes over the images"),
+    "epochs":              (60,         200,        100,        "passes over the images"),
     "batch_size":          (64,         512,        512,        "images per step, all processes"),
     "lr":                  (0.8,        0.03,       0.05,       "per 256 images of the batch"),
     "weight_decay":        (1e-4,       5e-4,       1e-4,       "on all parameters"),

@@ -474,6 +474,12 @@ def build_backbone(args):
     if args.dilation:
         dilate(backbone.layer4)
     weights = harness.load_checkpoint(args.backbone)
+    if isinstance(weights, dict) and isinstance(weights.get("model"), dict):  # of results/weights
+        found = {}
+        for name, x in weights["model"].items():
+            if name.startswith(("backbone.", "encoder.backbone.", "encoder_q.backbone.")):
+                found[name.partition("backbone.")[2]] = x
+        weights = found
     try:
         missing, surplus = backbone.load_state_dict(weights, strict=False)
     except (AttributeError, RuntimeError, TypeError):

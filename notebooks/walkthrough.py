@@ -1,21 +1,16 @@
-"""What the notebooks share: short trainings, drawings, excerpts of the scripts, and the check of an
-exercise. Nothing in here belongs to a method."""
+"""What the notebooks share: short trainings, finished networks, excerpts of the scripts, tables and
+charts. Nothing in here belongs to a method."""
 
 import argparse
 import contextlib
 import copy
 import difflib
-import importlib
 import inspect
 import io
 import json
-import math
-import multiprocessing
-import os
 import tempfile
 import textwrap
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -162,21 +157,6 @@ def leave_unfinished(run, data):
     """In place of harness.Run.finish."""
 
 
-def first_epochs(name, epochs):
-    torch.set_num_threads(1)
-    script = importlib.import_module(name)
-    return train(script, of=script.parse_args([]).epochs, epochs=epochs)
-
-
-def train_all(names, epochs):
-    """{name: Run} of the first epochs of these scripts' default recipes, each in a process of its
-    own on one core, as many at a time as there are cores."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count(), len(names)), spawn) as pool:
-        runs = pool.map(first_epochs, names, [epochs] * len(names))
-        return dict(zip(names, runs))
-
-
 def untrained(script, **flags):
     """The model as it is before the first step of a run with these flags."""
     args = settings(script, **flags)
@@ -193,6 +173,23 @@ def finished(script):
     assert not left.unexpected_keys
     assert all(name.startswith(weights.LEFT_OUT) for name in left.missing_keys)
     return model.float().eval(), saved["log"]
+
+
+def finished_detr(name, build):
+    """(model, args) of up_detr.py as results/weights/ keeps it under this name; build(args) makes a
+    model of its kind, for which its CNN has to be in a file."""
+    saved = harness.load_checkpoint(ROOT / "results" / "weights" / f"{name}.pt")
+    args = argparse.Namespace(**saved["args"])
+    cnn = {}
+    for key, x in saved["model"].items():
+        if key.startswith("backbone."):
+            cnn[key.removeprefix("backbone.")] = x
+    with tempfile.TemporaryDirectory() as folder:
+        args.backbone = str(Path(folder, "backbone.pt"))
+        torch.save(cnn, args.backbone)
+        model = build(args)
+    model.load_state_dict(saved["model"])
+    return model.eval(), args
 
 
 def view_of(script):
@@ -218,7 +215,7 @@ def picture(axis, images, title, columns=8):
 def curves(runs, chance=True):
     """Loss (with its chance level), kNN on held-out images and health over the epochs; runs:
     {name: Run}."""
-    figure, (a, b, c) = plt.subplots(1, 3, figsize=(12, 3))
+    figure, (a, b, c) = plt.subplots(1, 3, figsize=(10.5, 2.8))
     for name, run in runs.items():
         log = run.log[1:]
         epochs = [line["epoch"] for line in log]
@@ -227,10 +224,11 @@ def curves(runs, chance=True):
             a.axhline(run.model.chance_loss, color=lines[0].get_color(), linestyle=":")
         b.plot([0, *epochs], [line["knn_top1"] for line in run.log], marker=".", label=name)
         c.plot(epochs, [line["std"] for line in log], marker=".", label=name)
-    a.set(title="loss; dotted: chance level" if chance else "loss", xlabel="epoch")
-    b.set(title="kNN top-1 (%); epoch 0: random weights", xlabel="epoch", ylim=(0, 100))
+    a.set(title="dotted: chance level" if chance else "", xlabel="epoch", ylabel="loss")
+    b.set(title="epoch 0: random weights; dotted: chance", xlabel="epoch", ylim=(0, 100))
+    b.set(ylabel="kNN top-1 (%)")
     b.axhline(10, color="gray", linestyle=":")
-    c.set(title="std of z: 1 is healthy, 0 collapsed", xlabel="epoch", ylim=(0, 1.1))
+    c.set(title="1: healthy, 0: collapsed", xlabel="epoch", ylabel="std of z", ylim=(0, 1.1))
     for axis in (a, b, c):
         axis.xaxis.get_major_locator().set_params(integer=True)
     a.legend()
@@ -242,7 +240,7 @@ def bars(values, title, chance=None, unit="%"):
     figure, axis = plt.subplots(figsize=(min(12, 2 + 1.4 * len(values)), 2.8))
     drawn = axis.bar([str(name) for name in values], list(values.values()), width=0.6)
     axis.bar_label(drawn, fmt="{:.1f} " + unit)
-    axis.set(title=title)
+    axis.set(title=title, ylabel=unit)
     axis.margins(y=0.15)
     if chance is not None:
         axis.axhline(chance, color="gray", linestyle=":")
@@ -314,21 +312,3 @@ def table(rows, *names):
     for row in (names, ["-"] * len(names), *rows):
         lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
     display(Markdown("\n".join(lines)))
-
-
-# ------------------------------------------------------------------------------------ exercises
-def check(number, answer, truth, tolerance=0.01):
-    """Says whether the answer to an exercise is right. `truth` is a function, so that the answer is
-    not given away to whoever prints it."""
-    if answer is None:
-        print(f"exercise {number}: no answer yet")
-        return
-    expected = truth()
-    if isinstance(expected, float):
-        right = math.isclose(answer, expected, rel_tol=tolerance, abs_tol=tolerance)
-    elif torch.is_tensor(expected):
-        right = torch.is_tensor(answer) and answer.shape == expected.shape
-        right = right and torch.allclose(answer.float(), expected.float(), atol=tolerance)
-    else:
-        right = answer == expected
-    print(f"exercise {number}: {'right' if right else 'wrong, try again'}")

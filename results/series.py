@@ -1,6 +1,6 @@
 """Runs of one script in several arms, over seeds: what a table in results/README.md is made of.
 
-    python -m results.series zero_shot            # what is missing of one series
+    python -m results.series patterns             # what is missing of one series
     python -m results.series zero_shot --jobs 1
     python -m results.series laptop --data FOLDER     # CIFAR-10, half an hour of a core per run
 
@@ -52,6 +52,7 @@ SCRATCH = ("--epochs", "1", "--tune-epochs", "1")  # only the training from scra
 LAPTOP = ("--recipe", "patterns", "--epochs", "25", "--eval-every", "25")
 
 SERIES = {
+    "patterns": [Arm(name, name) for name in METHODS],
     "laptop": [Arm(name, name, LAPTOP, seeds=(0,)) for name in METHODS],
     "zero_shot": [
         Arm("transformer", "clip"),

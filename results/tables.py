@@ -12,9 +12,9 @@ import re
 import statistics
 
 from common import fail
+from results.few_labels import RANDOM, SEEDS
 from results.methods import ROOT, SCRIPTS, parent
 
-RANDOM = "random weights"
 LONGEST_DIFF = 250  # lines from which on nobody would read a diff
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -97,7 +97,7 @@ def accuracies(runs, root):
     supervised = [line for line in few if line["steps"] and line["method"] == RANDOM]
     whole = with_labels(supervised, 0, {})
     if whole:
-        row = ["supervised, from scratch", "thin", "", 3, whole, "", ""]
+        row = ["supervised, from scratch", "thin", "", len(SEEDS), whole, "", ""]
         row.append(" / ".join(with_labels(supervised, labels, {}) for labels in (1, 3)))
         rows.append([*row, ""])
     return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."

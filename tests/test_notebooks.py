@@ -11,24 +11,29 @@ import subprocess
 import sys
 from collections import Counter
 
+import exercises
 import nbformat
 import pytest
-import torch
-from conftest import METHODS, ROOT
+from conftest import ROOT
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import common
 import harness
 import walkthrough as walk
+from results.methods import SCRIPTS
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+WALKTHROUGHS = sorted(set(NOTEBOOKS) & set(SCRIPTS))
 PARTS = (
-    "## The views",
-    "What goes wrong",
-    "## What changed from its parent",
-    "## Exercises",
+    "## The problem",
+    "## The method in one picture",
+    "## The idea on ",
+    "## The core of the script",
+    " found\n",
     "## Is my loss normal?",
+    "## Limits",
+    "## Exercises",
 )
 
 
@@ -61,32 +66,71 @@ def test_its_first_code_cell_says_how_to_start(name):
     assert walk.COMMAND in (ROOT / "notebooks" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", sorted(set(NOTEBOOKS) & set(METHODS)))
-def test_walkthrough_has_its_parts_and_copies_no_function(name):
+def test_every_script_has_a_notebook():
+    assert set(NOTEBOOKS) == {*SCRIPTS, "start", "compare"}
+
+
+@pytest.mark.parametrize("name", WALKTHROUGHS)
+def test_walkthrough_has_its_parts_in_order_and_copies_no_function(name):
     book = read(name)
     script = importlib.import_module(name)
+    assert len(book.cells) <= 25
     prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
-    for part in PARTS:
-        assert part in prose
-    questions = [cell for cell in code(book) if "answer_1 =" in cell.source]
-    assert len(questions) == 1
-    assert "answer_1 = None" in questions[0].source
+    places = [prose.find(part) for part in PARTS]
+    assert min(places) >= 0 and places == sorted(places), dict(zip(PARTS, places))
+    assert f'drawings.draw("{name}")' in code(book)[0].source
     for cell in code(book):
         for part in ast.walk(ast.parse(cell.source)):
             if isinstance(part, ast.FunctionDef | ast.ClassDef) and part.name in vars(script):
-                # A function of the script may be wrapped under its name, if it is passed on.
-                assert f"={name}.{part.name}" in cell.source
+                # A function of the script may be wrapped under its name, if it is passed on. An
+                # exercise may ask for one.
+                known = f"={name}.{part.name}" in cell.source or "exercises.check" in cell.source
+                assert known
                 assert ast.unparse(part) not in inspect.getsource(script)
 
 
-@pytest.mark.parametrize(
-    "right, wrong",
-    [(0.5, 0.6), ("yes", "no"), ((2,), (1,)), (49, 7), (torch.eye(2), torch.ones(2, 2))],
-)
-def test_check_says_right_and_wrong(right, wrong, capsys):
-    for answer, said in ((None, "no answer yet"), (right, "right"), (wrong, "wrong")):
-        walk.check(1, answer, lambda: right)
-        assert f"exercise 1: {said}" in capsys.readouterr().out
+@pytest.mark.parametrize("name", sorted({*WALKTHROUGHS, "start"} & set(NOTEBOOKS)))
+def test_its_exercises_are_those_of_the_module(name):
+    """All of the method's, each with its hints before it, empty, and not solved."""
+    cells = read(name).cells
+    found = []
+    for before, cell in zip(cells, cells[1:]):
+        if "exercises.check(" in cell.source:
+            key = cell.source.partition('exercises.check("')[2].partition('"')[0]
+            found.append(key)
+            assert before.source == exercises.markdown(key)
+            assert cell.source.startswith(exercises.stub(key))
+            said = "".join(output.get("text", "") for output in cell.outputs)
+            assert said == f"{key}: no answer yet\n"
+    assert found == [key for key in exercises.EXERCISES if key.split(".")[0] == name]
+
+
+@pytest.mark.parametrize("name", WALKTHROUGHS)
+def test_it_draws_the_findings_of_its_paper(name):
+    """As findings.json has them now: a picture for each, and the figures in it."""
+    entries = json.loads((ROOT / "results" / "findings.json").read_text())
+    keys = [entry["key"] for entry in entries if entry["key"].split(".")[0] == name]
+    source = "\n".join(cell.source for cell in code(read(name)))
+    for key in keys:
+        assert f'"{key}"' in source, key
+
+
+def test_findings_are_drawn(monkeypatch):
+    """Each in a figure of its own: the paper's numbers, ours with their spread, the verdict."""
+    drawn = []
+    monkeypatch.setattr(walk.plt, "show", lambda: drawn.append(walk.plt.gcf()))
+    entries = json.loads((ROOT / "results" / "findings.json").read_text())
+    walk.findings(*[entry["key"] for entry in entries])
+    assert len(drawn) == len(entries)
+    for figure, entry in zip(drawn, entries):
+        assert entry["verdict"] in figure.get_suptitle()
+        said = [text.get_text() for axis in figure.axes for text in axis.texts]
+        for value in entry["paper"].values():
+            assert f"{value:.1f}" in said
+        for arm in entry["arms"].values():
+            if arm["found"]:
+                assert any(text.startswith(f"{arm['found']['mean']:.1f}") for text in said)
+        walk.plt.close(figure)
 
 
 def test_without_the_scripts_one_line_says_how_to_start(tmp_path):

@@ -318,7 +318,7 @@ def copy(tmp_path, monkeypatch):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     results = tmp_path / "results"
     shutil.copytree(ROOT / "results" / "diffs", results / "diffs")
-    for path in (ROOT / "results").glob("*.json"):
+    for path in (ROOT / "results").glob("*.json*"):
         shutil.copy(path, results)
     (results / "README.md").write_text("before\n<!-- table patterns -->\n<!-- end -->\nafter\n")
     (tmp_path / "README.md").write_text("<!-- table patterns_short -->\nold\n<!-- end -->\n")
@@ -341,7 +341,8 @@ def stale(capsys):
 
 
 def test_tables_are_made(copy):
-    runs = json.loads((copy / "results" / "patterns.json").read_text())
+    lines = (copy / "results" / "patterns.jsonl").read_text().splitlines()
+    runs = [json.loads(line) for line in lines]
     text = (copy / "results" / "README.md").read_text()
     assert text.startswith("before\n<!-- table patterns -->\n| method |")
     assert text.endswith("\n<!-- end -->\nafter\n")
@@ -354,11 +355,47 @@ def test_tables_are_made(copy):
         assert f"| [{name}]({name}.py) | {mean}" in short
 
 
+def test_the_supervised_network_and_few_labels_stand_in_the_table(copy):
+    """As means of what results/few_labels.py has recorded for the same data and epochs."""
+    path = copy / "results" / "few_labels.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line["data"] == "patterns"]
+    text = (copy / "results" / "README.md").read_text()
+    row = next(line for line in text.splitlines() if "supervised, from scratch" in line)
+    for labels in (0, 1, 3):
+        values = []
+        for line in lines:
+            if line["method"] == "random weights" and line["steps"] and line["labels"] == labels:
+                values.append(line["top1"])
+        assert f"{sum(values) / len(values):.1f} ± " in row
+    row = next(line for line in text.splitlines() if "[byol]" in line)
+    for labels in (1, 3):
+        values = []
+        for line in lines:
+            if line["method"] == "byol" and not line["steps"] and line["labels"] == labels:
+                values.append(line["top1"])
+        assert f"{sum(values) / len(values):.1f} ± " in row
+
+
+def test_few_labels_on_photographs_have_a_table():
+    lines = []
+    for labels, top1 in ((1, 20.0), (1, 22.0), (10, 40.0)):
+        key = {"data": "cifar10-jpeg", "method": "moco_v2", "epochs": 25}
+        lines.append({**key, "labels": labels, "seed": 0, "steps": 0, "top1": top1})
+    lines.append({**lines[0], "data": "patterns", "top1": 99.0})
+    lines.append({**lines[0], "labels": 0, "steps": 600, "top1": 60.0})
+    text = tables.few_labels(lines, "")
+    assert "1 label per class (%) | 10 labels per class (%)" in text
+    assert "| moco_v2 | 25 | linear | 21.0 ± 1.4 | 40.0 |" in text
+    assert len(text.splitlines()) == 3
+
+
 def test_stale_files_are_named_and_made_anew(copy, capsys):
     assert stale(capsys) == set()
-    runs = json.loads((copy / "results" / "patterns.json").read_text())
+    path = copy / "results" / "patterns.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
     runs[0]["linear_top1"] = 1.0
-    (copy / "results" / "patterns.json").write_text(json.dumps(runs))
+    path.write_text("".join(json.dumps(run) + "\n" for run in runs))
     with open(copy / "moco_v2.py", "a") as file:
         file.write("# another line\n")
     with open(copy / "densecl.py", "a") as file:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
-from conftest import checkpoint_of, error_line, interrupt, log_of, same_state
+from conftest import ROOT, checkpoint_of, error_line, interrupt, log_of, same_state
 from test_scenes import write_coco
 from torch import nn
 from torchvision.ops import generalized_box_iou
@@ -781,6 +781,17 @@ def test_bad_input(small, tmp_path, drawn, capsys):
     assert "has 3 objects" in said(queries=2, query_patches=2)
     assert "batch of 99" in said(batch_size=99)
     assert "none.png" in said(detect=tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("method", ["barlow", "byol", "moco_v2"])
+def test_the_cnn_of_a_finished_network(method, monkeypatch):
+    """As results/weights/ keeps it, and not its moving average."""
+    path = ROOT / "results" / "weights" / f"{method}.pt"
+    args = up_detr.parse_args(["--backbone", str(path)])
+    backbone = up_detr.build_backbone(args)
+    saved = torch.load(path, weights_only=True)["model"]
+    (name,) = [key for key in saved if key.endswith("backbone.layer4.0.conv1.weight")]
+    assert torch.equal(backbone.layer4[0].conv1.weight, saved[name].float())
 
 
 def test_broken_checkpoints_are_one_line(small, tmp_path, capsys):
