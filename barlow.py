@@ -13,7 +13,7 @@ Read it beside simclr.py: the same two embeddings, compared by columns instead o
 The paper's encoder is backbone; Z^A, Z^B are z1, z2, the cross-correlation matrix is c, lambda is
 redundancy_weight.
 Shapes: B images per process, W processes, D features, C embedding dimensions.
-Measured: 88.7 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds.
+Measured: 88.9 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds.
 """
 
 import math

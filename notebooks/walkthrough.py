@@ -265,11 +265,13 @@ def draw_finding(entry):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.36 * rows))
     if entry["paper"]:
         draw_arms(left, entry["paper"], {})
-        left.set(title=f"the paper: {entry['source']}")
+        left.set(title=textwrap.fill(f"the paper: {entry['source']}", 52))
     else:
         left.axis("off")
         source = textwrap.fill(f"the paper: {entry['source']}", 45)
         left.text(0.5, 0.5, source, ha="center", va="center", transform=left.transAxes)
+    if not measured:
+        right.axis("off")
     means = {name: found["mean"] for name, found in measured.items()}
     draw_arms(right, means, {name: found["std"] for name, found in measured.items()})
     title = "here: CIFAR-10, linear top-1 (%)"

@@ -81,8 +81,11 @@ def accuracies(runs, root):
     """Of the nine methods; from one and from three labels per class as results/few_labels.py
     records it, and a supervised network beside them."""
     columns = ["method", "backbone", "epochs", "seeds", "linear top-1 (%)", "kNN top-1 (%)"]
-    columns += ["both, random weights", "linear, 1 / 3 labels per class", "training (s)"]
     few = [line for line in read("few_labels") if line["data"] == runs[0]["data"]]
+    columns.append("both, random weights")
+    if few:
+        columns.append("linear, 1 / 3 labels per class")
+    columns.append("training (s)")
     rows = []
     for group in grouped(runs, "method", "arch", "epochs"):
         first = group[0]
@@ -91,7 +94,8 @@ def accuracies(runs, root):
         row.append(f"{spread(group, 'knn_top1')} (k={first['knn_k']})")
         row.append(f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}")
         same = {"method": first["method"], "epochs": first["epochs"], "steps": 0}
-        row.append(" / ".join(with_labels(few, labels, same) for labels in (1, 3)))
+        if few:
+            row.append(" / ".join(with_labels(few, labels, same) for labels in (1, 3)))
         row.append(spread(group, "seconds"))
         rows.append(row)
     supervised = [line for line in few if line["steps"] and line["method"] == RANDOM]
@@ -296,6 +300,7 @@ def precision_cells(runs, start):
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
+    "cifar10_jpeg": ("cifar10_jpeg", accuracies),
     "laptop": ("laptop", accuracies),
     "few_labels": ("few_labels", few_labels),
     "cifar10": ("cifar10", one_gpu),
