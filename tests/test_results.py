@@ -141,6 +141,16 @@ def test_what_is_said_of_pretraining_is_what_was_measured():
     assert gap("CNN of moco_v2.py", "CNN of densecl.py") > 2
 
 
+def test_what_is_said_of_the_patterns_is_what_was_measured():
+    path = ROOT / "results" / "patterns.jsonl"
+    arms = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        arms.setdefault(line["method"], []).append(line["linear_top1"])
+    assert all(len(values) == 3 for values in arms.values())
+    wide = [name for name, values in arms.items() if torch.tensor(values).std() > 3]
+    assert wide == ["swav"]
+
+
 def test_a_run_of_a_series_is_that_of_the_script(folder, tmp_path):
     script = importlib.import_module("simclr")
     flags = ("--data", str(folder), "--epochs", "1", "--batch-size", "16", "--workers", "0")
