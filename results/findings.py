@@ -259,7 +259,7 @@ FINDINGS = [
     Finding(
         key="simclr.temperature",
         claim="A low temperature is better than one of 1.",
-        source="SimCLR, section 5.1, table 5",
+        source="SimCLR, section 5.1, table 5 (normalised embeddings)",
         paper={"0.05": 59.7, "0.1": 64.4, "0.5": 60.7, "1.0": 58.0},
         arms={"0.2": SIMCLR} | arms("simclr", "--temperature", (0.05, 0.5, 1.0)),
         compare=(("0.2", "1.0"),),
@@ -267,7 +267,7 @@ FINDINGS = [
     Finding(
         key="moco_v1.momentum",
         claim="The encoder of the keys has to change slowly.",
-        source="MoCo, section 4.1, table of m: without momentum the training fails",
+        source="MoCo, section 4.1, table of m (4,096 keys): without momentum the training fails",
         paper={"0.9": 55.2, "0.99": 57.8, "0.999": 59.0, "0.9999": 58.9},
         arms={"0.99": MOCO_V1} | arms("moco_v1", "--ema-momentum", (0, 0.9, 0.999)),
         compare=(("0.99", "0"), ("0.99", "0.9")),
@@ -359,7 +359,7 @@ FINDINGS = [
     Finding(
         key="barlow.redundancy",
         claim="Without the redundancy term the features are worse.",
-        source="Barlow Twins, section 4, table of loss ablations (300 epochs)",
+        source="Barlow Twins, section 4, table 5 (300 epochs)",
         paper={"both terms": 71.4, "invariance alone": 57.3},
         arms={
             "both terms": BARLOW,
@@ -378,7 +378,7 @@ FINDINGS = [
     Finding(
         key="barlow.batch",
         claim="Barlow Twins needs a large batch less than SimCLR does.",
-        source="Barlow Twins, section 4, figure 2",
+        source="Barlow Twins, section 4, figure 2: with 256 images SimCLR loses 4 points",
         paper={},
         arms={
             "Barlow, 128": BARLOW,
@@ -391,7 +391,7 @@ FINDINGS = [
     Finding(
         key="swav.multicrop",
         claim="Small crops beside the two large ones improve the features.",
-        source="SwAV, section 4.3, table 3 (left): by 2 to 4 points",
+        source="SwAV, section 5.2, figure 3 (left): by 2 to 4 points",
         paper={},
         arms={"with": SWAV, "without": Arm("swav", ("--small-crops", "0"))},
         compare=(("with", "without"),),
@@ -406,8 +406,8 @@ FINDINGS = [
     ),
     Finding(
         key="swav.prototypes",
-        claim="The number of prototypes has little influence as long as there are enough.",
-        source="SwAV, appendix, table of the number of prototypes",
+        claim="There have to be enough prototypes; more than that change little.",
+        source="SwAV, appendix C.1, table 12: 3,000 to 100,000 differ by at most 0.3 points",
         paper={},
         arms={"100": SWAV} | arms("swav", "--prototypes", (10, 400)),
         compare=(("100", "10"),),
@@ -415,7 +415,7 @@ FINDINGS = [
     Finding(
         key="swav.queue",
         claim="A queue of past embeddings helps where the batch is small.",
-        source="SwAV, section 4.2, training with small batches",
+        source="SwAV, section 3.1, working with small batches; no comparison is given",
         paper={},
         arms={
             "queue": Arm(
@@ -428,8 +428,8 @@ FINDINGS = [
     Finding(
         key="moco_v3.frozen_patches",
         claim="A frozen patch projection makes the training of a ViT more stable at a high rate.",
-        source="MoCo v3, section 4.2, figure 5",
-        paper={},
+        source="MoCo v3, section 4.2, figure 5 (ViT-B, 100 epochs, learning rate 1.5e-4)",
+        paper={"frozen": 73.4, "trained": 71.7},
         arms={
             "frozen": Arm("moco_v3", ("--lr", "0.016")),
             "trained": Arm("moco_v3", ("--lr", "0.016"), "trained_patches"),
@@ -439,16 +439,16 @@ FINDINGS = [
     Finding(
         key="moco_v3.head_norm",
         claim="Batch normalisation in the heads improves the features.",
-        source="MoCo v3, section 6.1, table of heads",
-        paper={},
+        source="MoCo v3, section 6.2 (ViT-B, 300 epochs)",
+        paper={"with": 76.5, "without": 74.4},
         arms={"with": MOCO_V3, "without": Arm("moco_v3", change="heads_without_norm")},
         compare=(("with", "without"),),
     ),
     Finding(
         key="moco_v3.momentum",
         claim="A moving average of the keys' encoder is better than the encoder itself.",
-        source="MoCo v3, section 6.1, table of momentum",
-        paper={},
+        source="MoCo v3, section 6.2 (ViT-B, 300 epochs)",
+        paper={"0": 74.3, "0.9": 75.6, "0.99": 76.5, "0.999": 75.0},
         arms={"0.99": MOCO_V3} | arms("moco_v3", "--ema-momentum", (0, 0.9)),
         compare=(("0.99", "0"),),
     ),
@@ -463,8 +463,8 @@ FINDINGS = [
     Finding(
         key="densecl.weight",
         claim="The dense loss needs a good share of the whole.",
-        source="DenseCL, table of lambda: 0.5 is best (detection)",
-        paper={},
+        source="DenseCL, table of lambda: detection on VOC, AP after 800 epochs on COCO",
+        paper={"0.5": 56.7, "0.0": 54.7},
         arms={
             "0.5": dense_arm("densecl"),
             "0.0": dense_arm("densecl", flags=("--dense-weight", "0.0")),

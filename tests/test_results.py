@@ -117,19 +117,29 @@ def test_arms_of_a_series_can_be_run():
             assert not arm.change or callable(getattr(series, arm.change))
 
 
+def arms_of(name, key="arm"):
+    """{arm: lines} of results/<name>.jsonl."""
+    arms = {}
+    for line in map(json.loads, (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()):
+        arms.setdefault(line[key], []).append(line)
+    return arms
+
+
+def in_errors(better, worse):
+    """The difference of the means in standard errors."""
+    a = torch.tensor(better)
+    b = torch.tensor(worse)
+    error = (a.var() / len(a) + b.var() / len(b)).sqrt()
+    return ((a.mean() - b.mean()) / error).item()
+
+
 def test_what_is_said_of_pretraining_is_what_was_measured():
     """Each comparison in results/README.md exceeds twice its standard error."""
-    arms = {}
-    path = ROOT / "results" / "pretraining.jsonl"
-    for line in map(json.loads, path.read_text().splitlines()):
-        arms.setdefault(line["arm"], []).append(line)
+    arms = arms_of("pretraining")
 
     def gap(better, worse, key="ap50", other=None):
-        """The difference of the means in standard errors."""
-        a = torch.tensor([line[key] for line in arms[better]])
-        b = torch.tensor([line[other or key] for line in arms[worse]])
-        error = (a.var() / len(a) + b.var() / len(b)).sqrt()
-        return (a.mean() - b.mean()) / error
+        a = [line[key] for line in arms[better]]
+        return in_errors(a, [line[other or key] for line in arms[worse]])
 
     ours = "random patches"
     assert gap(ours, ours, "ap50", "scratch_ap50") > 2
@@ -141,14 +151,35 @@ def test_what_is_said_of_pretraining_is_what_was_measured():
     assert gap("CNN of moco_v2.py", "CNN of densecl.py") > 2
 
 
+def test_what_is_said_of_open_vocabulary_is_what_was_measured():
+    """Better or worse: by more than twice the standard error. No better: within it."""
+    arms = arms_of("open_vocabulary")
+
+    def values(arm, key):
+        return [line[key] for line in arms[arm]]
+
+    novel = {arm: values(arm, "novel_ap50") for arm in arms}
+    both = "ViLD-ensemble"
+    guess = values(both, "guess_novel_ap50")
+    image_head = values(both, "image_novel_ap50")
+    by_clip = values(both, "teacher_novel_ap50")
+    assert in_errors(novel["ViLD"], novel["ViLD-text"]) > 2
+    assert abs(in_errors(novel["ViLD-text"], guess)) < 2
+    assert in_errors(values("ViLD-text", "base_ap"), values("ViLD", "base_ap")) > 2
+    assert in_errors(values(both, "base_ap"), values("ViLD", "base_ap")) > 2
+    assert in_errors(novel["ViLD"], by_clip) > 2
+    assert abs(in_errors(novel[both], image_head)) < 2
+    assert in_errors(novel["ViLD"], novel[both]) > 2
+    assert in_errors(novel["all ten names labelled"], novel["ViLD"]) > 2
+    for line in arms["ViLD"]:
+        assert line["teacher_seconds"] > 3 * line["detection_seconds"]
+
+
 def test_what_is_said_of_the_patterns_is_what_was_measured():
-    path = ROOT / "results" / "patterns.jsonl"
-    arms = {}
-    for line in map(json.loads, path.read_text().splitlines()):
-        arms.setdefault(line["method"], []).append(line["linear_top1"])
-    assert all(len(values) == 3 for values in arms.values())
-    wide = [name for name, values in arms.items() if torch.tensor(values).std() > 3]
-    assert wide == ["swav"]
+    arms = arms_of("patterns", "method")
+    values = {name: [line["linear_top1"] for line in lines] for name, lines in arms.items()}
+    assert all(len(found) == 3 for found in values.values())
+    assert [name for name, found in values.items() if torch.tensor(found).std() > 3] == ["swav"]
 
 
 def test_a_run_of_a_series_is_that_of_the_script(folder, tmp_path):
