@@ -514,7 +514,7 @@ def train(arm, seed, data, out):
     if arm == SIMCLR:
         line["after_head_top1"] = after_head(script, args, data, out)
     if arm.composites:
-        line["cell_top1"] = cell_top1(script, args, data, out)
+        line |= judge_cells(script, args, data, out)
     line["seconds"] = round(time.time() - started, 1)
     line["torch"] = torch.__version__
     return line
@@ -549,15 +549,24 @@ def load_composites(data):
     return Composites(part.name, sets[0][0], labelled=sets)
 
 
-def cell_top1(script, args, data, out, cells=8):
-    """Top-1 of a linear classifier on single cells of the frozen map: what is at this place? It is
-    fitted to `cells` random ones per training picture, and tested on all cells of the test ones."""
+def judge_cells(script, args, data, out):
+    """Top-1 of single cells of a finished run, and of the weights that it started from."""
+    torch.manual_seed(args.seed)
+    model = model_class(script)(args)
+    before = cell_top1(model.backbone, script, args, data)
     model = model_class(script)(args)
     model.load_state_dict(harness.load_checkpoint(out / "checkpoint.pt")["model"])
+    after = cell_top1(model.backbone, script, args, data)
+    return {"cell_top1": after, "random_cell_top1": before}
+
+
+def cell_top1(backbone, script, args, data, cells=8):
+    """Top-1 of a linear classifier on single cells of the frozen map: what is at this place? It is
+    fitted to `cells` random ones per training picture, and tested on all cells of the test ones."""
     view = script.build_views(args)[0]
     sets = []
     for images, labels in load_composites(data).labelled:
-        h = map_of(model.backbone, view, images)  # (N, S, D)
+        h = map_of(backbone, view, images)  # (N, S, D)
         side = round(h.shape[1] ** 0.5)
         half = torch.arange(side) * 2 // side  # 0 or 1: the first or the second image
         quarter = 2 * half.unsqueeze(1) + half  # (side, side): which of the four
@@ -662,8 +671,8 @@ def summary(arm, runs, spread):
     random_mean = None
     if not arm.composites:
         knn_mean = statistics.mean(line["knn_top1"] for line in lines)
-    if arm.metric == "linear_top1":
-        random_mean = statistics.mean(line["random_linear_top1"] for line in lines)
+    if f"random_{arm.metric}" in lines[0]:
+        random_mean = statistics.mean(line[f"random_{arm.metric}"] for line in lines)
     return {
         "mean": statistics.mean(values),
         "std": std if len(values) > 1 else None,

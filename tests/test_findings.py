@@ -159,6 +159,26 @@ def test_composites_hold_the_images_that_their_labels_say(monkeypatch):
         assert torch.equal(halves[:, 1].flatten(1).long(), classes)
 
 
+def test_cells_are_judged_after_training_and_before(folder, tmp_path, monkeypatch):
+    small = common.load_images(str(folder))
+    monkeypatch.setattr(findings, "load_part", lambda data: small)
+    monkeypatch.setattr(findings, "EPOCHS", 1)
+    own = SimpleNamespace(import_module=fresh)
+    monkeypatch.setattr(findings, "importlib", own)
+    flags = ("--size", "64", "--batch-size", "4", "--queue-size", "8")
+    arm = Arm("densecl", flags, metric="cell_top1", composites=True)
+    line = findings.train(arm, 3, "", tmp_path / "run")
+    script = fresh("densecl")
+    args = script.parse_args(flags)
+    for seed, same in ((3, True), (4, False)):
+        torch.manual_seed(seed)
+        backbone = model_class(script)(args).backbone
+        found = findings.cell_top1(backbone, script, args, "")
+        assert (found == line["random_cell_top1"]) == same
+    assert 0 <= line["cell_top1"] <= 100
+    assert line["cell_top1"] != line["random_cell_top1"]
+
+
 def test_cells_are_where_they_are_in_the_picture():
     """From left to right, then from top to bottom; a change far away does not reach a cell."""
     script = fresh("densecl")
