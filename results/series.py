@@ -49,7 +49,7 @@ def shuffle_captions(script):
 
 
 SCRATCH = ("--epochs", "1", "--tune-epochs", "1")  # only the training from scratch counts
-LAPTOP = ("--recipe", "patterns", "--epochs", "25", "--eval-every", "25")
+LAPTOP = ("--recipe", "patterns", "--epochs", "20", "--eval-every", "20")
 
 SERIES = {
     "patterns": [Arm(name, name) for name in METHODS],
