@@ -258,11 +258,13 @@ def findings(*keys):
 
 def draw_finding(entry):
     measured = {}
-    for name, arm in entry["arms"].items():
-        if arm["found"] is not None:
-            measured[name] = arm["found"]
+    for name in in_order(entry["arms"]):
+        found = entry["arms"][name]["found"]
+        if found is not None:
+            measured[name] = found
     rows = max(len(measured), len(entry["paper"]), 2)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1 + 0.36 * rows))
+    height = 1.1 + 0.36 * rows + 0.15 * len(entry["compare"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height))
     if entry["paper"]:
         draw_arms(left, entry["paper"], {})
         left.set(title=textwrap.fill(f"the paper: {entry['source']}", 52))
@@ -276,14 +278,38 @@ def draw_finding(entry):
     draw_arms(right, means, {name: found["std"] for name, found in measured.items()})
     title = "here: CIFAR-10, linear top-1 (%)"
     if any(arm["metric"] == "cell_top1" for arm in entry["arms"].values()):
-        title = "here: four images in one, top-1 of single cells (%)"
+        title = "here: pictures of four images, top-1 of cells (%)"
     levels = [found["random_mean"] for found in measured.values() if found["random_mean"]]
     if levels:
         right.axvline(sum(levels) / len(levels), color="black", linestyle=":")
-        title += "; dotted: random weights"
+        title += "\ndotted: random weights"
     right.set(title=title)
+    right.set_xlabel("\n".join(comparisons(entry)), fontsize=8)
     figure.suptitle(f"{entry['claim']}  → {entry['verdict']}", fontsize=11, weight="bold")
     plt.show()
+
+
+def in_order(names):
+    """From small to large where the arms are numbers, else as they are."""
+    names = list(names)
+    if all(name.replace(".", "").isdigit() for name in names):
+        names.sort(key=float)
+    return names
+
+
+def comparisons(entry):
+    """The gap of each comparison of a finding, and which of them has which verdict if there are
+    several."""
+    lines = []
+    several = len(entry["compare"]) > 1
+    for line in entry["compare"]:
+        if line["gap"] is None:
+            continue
+        text = f"gap {line['gap']:+.1f} (standard error {line['error']:.1f})"
+        if several:
+            text = f"{' / '.join(line['arms'])}: {text}: {line['verdict']}"
+        lines.append(text)
+    return lines
 
 
 def draw_arms(axis, means, spreads):

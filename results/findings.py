@@ -696,20 +696,29 @@ def typical_spread(runs):
     return statistics.median(spreads) if spreads else 0.0
 
 
-def verdict(compare, found):
-    """The verdict over all comparisons of a finding; found: {name: summary}."""
-    verdicts = []
+def judge(compare, found):
+    """The gap of each comparison of a finding, its standard error and the verdict on it; found:
+    {name: summary}."""
+    judged = []
     for names in compare:
+        line = {"arms": list(names), "gap": None, "error": None, "verdict": "not measured"}
+        judged.append(line)
         if any(found[name] is None for name in names):
-            return "not measured"
+            continue
         signs = (1, -1) if len(names) == 2 else (1, -1, -1, 1)
-        gap = sum(sign * found[name]["mean"] for sign, name in zip(signs, names))
-        error = sum(found[name]["error"] ** 2 for name in names) ** 0.5
-        if abs(gap) <= 2 * error:
-            verdicts.append("too close to tell")
+        line["gap"] = sum(sign * found[name]["mean"] for sign, name in zip(signs, names))
+        line["error"] = sum(found[name]["error"] ** 2 for name in names) ** 0.5
+        if abs(line["gap"]) <= 2 * line["error"]:
+            line["verdict"] = "too close to tell"
         else:
-            verdicts.append("holds" if gap > 0 else "does not hold here")
-    for kind in ("does not hold here", "too close to tell"):
+            line["verdict"] = "holds" if line["gap"] > 0 else "does not hold here"
+    return judged
+
+
+def verdict(judged):
+    """That of a finding: the worst of its comparisons."""
+    verdicts = [line["verdict"] for line in judged]
+    for kind in ("not measured", "does not hold here", "too close to tell"):
         if kind in verdicts:
             return kind
     return "holds"
@@ -722,6 +731,7 @@ def make_table():
     table = []
     for finding in FINDINGS:
         found = {name: summary(arm, runs, spread) for name, arm in finding.arms.items()}
+        judged = judge(finding.compare, found)
         entry = {
             "key": finding.key,
             "claim": finding.claim,
@@ -729,8 +739,8 @@ def make_table():
             "paper": finding.paper,
             "command": f"python -m results.findings {finding.key} --data FOLDER",
             "arms": {},
-            "compare": [list(names) for names in finding.compare],
-            "verdict": verdict(finding.compare, found),
+            "compare": judged,
+            "verdict": verdict(judged),
         }
         for name, arm in finding.arms.items():
             how = {"method": arm.method, "flags": list(arm.flags), "change": arm.change}

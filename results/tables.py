@@ -197,7 +197,8 @@ def matches(runs, _):
 
 def findings(entries, _):
     """Of what results/findings.py makes from its runs."""
-    columns = ["finding", "claim", "source", "paper", "here, linear top-1 (%)", "verdict"]
+    columns = ["finding", "claim", "source", "paper", "here, linear top-1 (%)"]
+    columns.append("gap and standard error: verdict")
     rows = []
     waiting = []
     for entry in entries:
@@ -212,7 +213,12 @@ def findings(entries, _):
                 std = f" ± {found['std']:.1f}" if found["std"] is not None else ""
                 here.append(f"{name}: {found['mean']:.1f}{std}")
         row = [entry["key"], entry["claim"], entry["source"], ", ".join(paper), ", ".join(here)]
-        rows.append([*row, f"**{entry['verdict']}**"])
+        verdicts = []
+        for line in entry["compare"]:
+            names = f"{' / '.join(line['arms'])}: " if len(entry["compare"]) > 1 else ""
+            gap = f"{line['gap']:+.1f} ({line['error']:.1f})"
+            verdicts.append(f"{names}{gap}: **{line['verdict']}**")
+        rows.append([*row, "; ".join(verdicts)])
     text = markdown(columns, rows) if rows else "No finding has all its runs yet."
     if waiting:
         text += f"\n\nRuns are missing for: {', '.join(waiting)}."

@@ -97,17 +97,23 @@ def summary(mean, error):
 )
 def test_verdict_on_a_pair(means, errors, expected):
     found = {name: summary(*both) for name, both in zip("ab", zip(means, errors))}
-    assert findings.verdict((("a", "b"),), found) == expected
+    judged = findings.judge((("a", "b"),), found)
+    assert judged[0]["gap"] == means[0] - means[1]
+    assert judged[0]["error"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5)
+    assert findings.verdict(judged) == judged[0]["verdict"] == expected
 
 
 def test_verdict_on_several():
+    def verdict(*compare):
+        return findings.verdict(findings.judge(compare, found))
+
     found = {"a": summary(50, 1), "b": summary(40, 1), "c": summary(50.5, 1), "d": None}
-    assert findings.verdict((("a", "b"), ("a", "c")), found) == "too close to tell"
-    assert findings.verdict((("a", "b"), ("b", "a")), found) == "does not hold here"
-    assert findings.verdict((("a", "b"), ("a", "d")), found) == "not measured"
-    losses = {"a": summary(48, 1), "b": summary(50, 1), "c": summary(30, 1), "d": summary(50, 1)}
-    assert findings.verdict((("a", "b", "c", "d"),), losses) == "holds"  # 2 lost against 20
-    assert findings.verdict((("c", "d", "a", "b"),), losses) == "does not hold here"
+    assert verdict(("a", "b"), ("a", "c")) == "too close to tell"
+    assert verdict(("a", "b"), ("b", "a")) == "does not hold here"
+    assert verdict(("b", "a"), ("a", "d")) == "not measured"
+    found = {"a": summary(48, 1), "b": summary(50, 1), "c": summary(30, 1), "d": summary(50, 1)}
+    assert verdict(("a", "b", "c", "d")) == "holds"  # 2 lost against 20
+    assert verdict(("c", "d", "a", "b")) == "does not hold here"
 
 
 def test_summary_of_an_arm():

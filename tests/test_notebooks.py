@@ -128,6 +128,9 @@ def test_findings_are_drawn(monkeypatch):
         said = [text.get_text() for axis in figure.axes for text in axis.texts]
         for value in entry["paper"].values():
             assert f"{value:.1f}" in said
+        gaps = figure.axes[1].get_xlabel()
+        for line in entry["compare"]:
+            assert line["gap"] is None or f"gap {line['gap']:+.1f} " in gaps
         for arm in entry["arms"].values():
             if arm["found"]:
                 assert any(text.startswith(f"{arm['found']['mean']:.1f}") for text in said)
