@@ -137,6 +137,12 @@ def test_findings_are_drawn(monkeypatch):
         walk.plt.close(figure)
 
 
+def test_arms_that_are_numbers_are_drawn_in_order():
+    assert walk.in_order({"256": 0, "32": 0, "1024": 0}) == ["32", "256", "1024"]
+    assert walk.in_order({"0.99": 0, "0": 0, "0.9": 0}) == ["0", "0.9", "0.99"]
+    assert walk.in_order({"with": 0, "2": 0}) == ["with", "2"]
+
+
 def test_without_the_scripts_one_line_says_how_to_start(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "notebooks")}
     command = [sys.executable, "-c", "import walkthrough"]

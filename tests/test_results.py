@@ -152,7 +152,7 @@ def test_what_is_said_of_pretraining_is_what_was_measured():
 
 
 def test_what_is_said_of_open_vocabulary_is_what_was_measured():
-    """Better or worse: by more than twice the standard error. No better: within it."""
+    """Better or worse: by more than twice the standard error; not to be told apart: by less."""
     arms = arms_of("open_vocabulary")
 
     def values(arm, key):
