@@ -78,12 +78,13 @@ def devices(runs):
 
 
 def accuracies(runs, root):
-    """Of the nine methods; from one and from three labels per class as results/few_labels.py
-    records it, and a supervised network beside them."""
+    """Of the nine methods, and of a supervised network beside them. On patterns also from one and
+    from three labels per class; photographs have a table of that for themselves."""
     columns = ["method", "backbone", "epochs", "seeds", "linear top-1 (%)", "kNN top-1 (%)"]
-    few = [line for line in read("few_labels") if line["data"] == runs[0]["data"]]
     columns.append("both, random weights")
-    if few:
+    few = [line for line in read("few_labels") if line["data"] == runs[0]["data"]]
+    shown = (1, 3) if runs[0]["data"] == "patterns" else ()
+    if shown:
         columns.append("linear, 1 / 3 labels per class")
     columns.append("training (s)")
     rows = []
@@ -93,16 +94,17 @@ def accuracies(runs, root):
         row.append(spread(group, "linear_top1"))
         row.append(f"{spread(group, 'knn_top1')} (k={first['knn_k']})")
         row.append(f"{spread(group, 'random_linear_top1')}, {spread(group, 'random_knn_top1')}")
-        same = {"method": first["method"], "epochs": first["epochs"], "steps": 0}
-        if few:
-            row.append(" / ".join(with_labels(few, labels, same) for labels in (1, 3)))
+        if shown:
+            same = {"method": first["method"], "epochs": first["epochs"], "steps": 0}
+            row.append(" / ".join(with_labels(few, labels, same) for labels in shown))
         row.append(spread(group, "seconds"))
         rows.append(row)
     supervised = [line for line in few if line["steps"] and line["method"] == RANDOM]
     whole = with_labels(supervised, 0, {})
     if whole:
         row = ["supervised, from scratch", "thin", "", len(SEEDS), whole, "", ""]
-        row.append(" / ".join(with_labels(supervised, labels, {}) for labels in (1, 3)))
+        if shown:
+            row.append(" / ".join(with_labels(supervised, labels, {}) for labels in shown))
         rows.append([*row, ""])
     return f"{markdown(columns, rows)}\n\nDevice: {devices(runs)}."
 

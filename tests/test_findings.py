@@ -12,7 +12,7 @@ from conftest import ROOT, checkpoint_of, error_line, small_args
 import common
 from results import findings
 from results.findings import FINDINGS, Arm, Finding
-from results.methods import model_class, views_of
+from results.methods import METHODS, model_class, views_of
 
 ARMS = {}
 for finding in FINDINGS:
@@ -51,7 +51,8 @@ def test_every_arm_computes_something_of_its_own(key):
     loss, gradient = step_of(arm)
     assert abs(loss) < 1e4
     assert 0 < gradient < 1e6
-    in_training = ("without_colour", "v2_views", "decayed_predictor", "trained_patches")
+    in_training = ["without_colour", "v2_views", "decayed_predictor", "trained_patches"]
+    in_training.append("cosine_schedule")
     flags = {"--ema-momentum", "--lr"} & {*arm.flags}
     if arm.change and arm.change not in in_training and not flags:
         assert (loss, gradient) != step_of(Arm(arm.method, arm.flags))
@@ -80,6 +81,12 @@ def test_parts_that_are_replaced_in_training():
     script = fresh("moco_v1")
     findings.v2_views(script)
     assert script.build_views(small_args(script))[0].jitter == (0.4, 0.4, 0.4, 0.1)
+
+    script = fresh("moco_v1")
+    args = small_args(script, epochs=10)
+    findings.cosine_schedule(script)
+    halfway = script.learning_rate(args, 5)
+    assert halfway == pytest.approx(script.learning_rate(args, 0) / 2)  # the steps are still at 1
 
 
 def summary(mean, error):
@@ -204,7 +211,7 @@ def test_cells_are_where_they_are_in_the_picture():
 def test_every_finding_is_well_formed():
     assert len({finding.key for finding in FINDINGS}) == len(FINDINGS)
     for finding in FINDINGS:
-        assert finding.key.split(".")[0] in {arm.method for arm in finding.arms.values()}
+        assert finding.key.split(".")[0] in METHODS
         for names in finding.compare:
             assert len(names) in (2, 4)
             assert {*names} <= finding.arms.keys(), finding.key
