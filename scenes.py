@@ -375,6 +375,17 @@ def read_picture(path: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return TF.pil_to_tensor(image), TF.pil_to_tensor(square).unsqueeze(0)
 
 
+def resize_boxes(boxes: torch.Tensor, size: tuple, side: int) -> torch.Tensor:
+    """Boxes (n, 4) in a picture of this size (width, height) -> in the square it is resized to."""
+    return boxes * side / torch.tensor([*size, *size])
+
+
+def flip_boxes(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """Boxes (n, 4) in a square picture -> in its mirror image."""
+    x1, y1, x2, y2 = boxes.unbind(1)
+    return torch.stack([side - x2, y1, side - x1, y2], dim=1)
+
+
 @dataclass
 class SceneData:
     """What a detector trains on: images without boxes, and scenes with them to train and test on;
@@ -528,6 +539,35 @@ def evaluate(detect, test: Scenes, size: int, device, batch_size: int = 50) -> d
             found.append((boxes.cpu() * sizes, scores.cpu(), labels.cpu()))
     result = average_precision(found, test.boxes, test.labels, len(test.classes))
     return {name: result[name] for name in ("ap50", "ap", "ap75")}
+
+
+def average_by_kind(found: list, test: Scenes, is_base: torch.Tensor) -> dict[str, float]:
+    """AP50 and AP in percent of all names, of the base and of the novel ones. found: per picture
+    boxes, scores and labels; is_base (names,)."""
+    found = average_precision(found, test.boxes, test.labels, len(test.classes))
+    metrics = {"ap50": found["ap50"], "ap": found["ap"]}
+    for kind, chosen in (("base", is_base), ("novel", ~is_base)):
+        for key in ("ap50", "ap"):
+            per_class = torch.tensor(found[f"{key}_per_class"])
+            per_class = per_class[chosen]
+            per_class = per_class[~per_class.isnan()]  # of names that have objects
+            if len(per_class) > 0:
+                metrics[f"{kind}_{key}"] = per_class.mean().item()
+    return metrics
+
+
+def guess_novel(found: list, is_base: torch.Tensor) -> list:
+    """The detections with a random novel name in the place of each novel name: chance."""
+    novel = (~is_base).nonzero()[:, 0]
+    generator = make_generator("guess")
+    guessed = []
+    for boxes, scores, labels in found:
+        if len(novel) > 0:
+            guess = torch.randint(len(novel), labels.shape, generator=generator)
+            guess = novel[guess]
+            labels = torch.where(is_base[labels], labels, guess)
+        guessed.append((boxes, scores, labels))
+    return guessed
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

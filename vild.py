@@ -86,7 +86,6 @@ USES = {
     "names": "what to look for in it, separated by commas",
 }
 MODES = ("text", "image", "vild", "ensemble")
-LEAST_SCORE = 0.3  # of detections that are drawn
 MOST_SHOWN = 10
 POOL = 7  # cells on a side of a region
 
@@ -550,34 +549,6 @@ def detect_by_teacher(args, model, teacher, images, names):
     return suppress(boxes, scores)
 
 
-def average(found, test, is_base):
-    """AP50 and AP in percent of all names, of the base and of the novel ones."""
-    found = scenes.average_precision(found, test.boxes, test.labels, len(test.classes))
-    metrics = {"ap50": found["ap50"], "ap": found["ap"]}
-    for kind, chosen in (("base", is_base), ("novel", ~is_base)):
-        for key in ("ap50", "ap"):
-            per_class = torch.tensor(found[f"{key}_per_class"])
-            per_class = per_class[chosen]
-            per_class = per_class[~per_class.isnan()]  # of names that have objects
-            if len(per_class) > 0:
-                metrics[f"{kind}_{key}"] = per_class.mean().item()
-    return metrics
-
-
-def guess_novel(found, is_base):
-    """The detections with a random novel name in the place of each novel name: chance."""
-    novel = (~is_base).nonzero()[:, 0]
-    generator = make_generator("guess")
-    guessed = []
-    for boxes, scores, labels in found:
-        if len(novel) > 0:
-            guess = torch.randint(len(novel), labels.shape, generator=generator)
-            guess = novel[guess]
-            labels = torch.where(is_base[labels], labels, guess)
-        guessed.append((boxes, scores, labels))
-    return guessed
-
-
 def measure(args, model, teacher, data, by_teacher=False):
     """Average precision on the test images; with by_teacher also CLIP's on the same proposals, the
     seconds per image of both, and how many of the objects the proposals contain."""
@@ -592,12 +563,12 @@ def measure(args, model, teacher, data, by_teacher=False):
     metrics = {}
     if by_teacher:
         found["teacher"] = race(args, model, teacher, data, metrics)
-        guesses = guess_novel(found[args.mode], is_base)
-        guessed = average(guesses, data.test, is_base)
+        guesses = scenes.guess_novel(found[args.mode], is_base)
+        guessed = scenes.average_by_kind(guesses, data.test, is_base)
         metrics["guess_novel_ap50"] = guessed.get("novel_ap50")
     for way, detections in found.items():
         start = "" if way == args.mode else f"{way}_"
-        for key, value in average(detections, data.test, is_base).items():
+        for key, value in scenes.average_by_kind(detections, data.test, is_base).items():
             metrics[start + key] = value
     model.train()
     return metrics
@@ -679,27 +650,17 @@ class Detection:
         self.labels = []
         for boxes, labels, size in zip(train.boxes, train.labels, train.sizes):
             used = self.is_base.cpu()[labels]
-            boxes = resize_boxes(boxes[used], size, args.size)
+            boxes = scenes.resize_boxes(boxes[used], size, args.size)
             labels = labels[used]
             self.boxes.append(boxes)
             self.labels.append(new[labels])
         for row, size in enumerate(test.sizes):
-            test.boxes[row] = resize_boxes(test.boxes[row], size, args.size)
+            test.boxes[row] = scenes.resize_boxes(test.boxes[row], size, args.size)
 
 
 def split_names(text):
     """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def resize_boxes(boxes, size, side):
-    """Boxes (n, 4) in a picture of this size (width, height) -> in the square it is resized to."""
-    return boxes * side / torch.tensor([*size, *size])
-
-
-def flip_boxes(boxes, size):
-    x1, y1, x2, y2 = boxes.unbind(1)
-    return torch.stack([size - x2, y1, size - x1, y2], dim=1)
 
 
 def take(args, data, rows, distilled, epoch, device):
@@ -718,14 +679,14 @@ def take(args, data, rows, distilled, epoch, device):
         flips.append(flip)
         found = data.boxes[row]
         if flip:
-            found = flip_boxes(found, args.size)
+            found = scenes.flip_boxes(found, args.size)
         boxes.append(found.to(device))
         labels.append(data.labels[row].to(device))
         if distilled is not None:
             count = distilled["count"][row]
             found = distilled["regions"][row, :count]
             if flip:
-                found = flip_boxes(found, args.size)
+                found = scenes.flip_boxes(found, args.size)
             z = distilled["embeddings"][row, :count]
             regions.append(found.to(device))
             embeddings.append(z.to(device).float())
@@ -877,7 +838,7 @@ def surest(detections):
     """The rows of detections to show: of those at one place the one with the highest score."""
     boxes, scores, _ = detections
     kept = nms(boxes, scores, 0.5)
-    return kept[scores[kept] > LEAST_SCORE][:MOST_SHOWN]
+    return kept[scores[kept] > scenes.SURE][:MOST_SHOWN]
 
 
 def show(args):
@@ -919,7 +880,7 @@ def show(args):
     for row in shown:
         place = ", ".join(f"{side:.0f}" for side in boxes[row].tolist())
         print(f"{names[labels[row]]} ({100 * scores[row].item():.0f} %) at {place}")
-    print(f"{len(shown)} found with a score over {LEAST_SCORE}", flush=True)
+    print(f"{len(shown)} found with a score over {scenes.SURE}", flush=True)
     print(f"drawn in {Path(args.out) / 'detections.png'}")
     return boxes, scores, labels
 

@@ -923,11 +923,12 @@ def test_what_is_taken_is_a_function_of_seed_epoch_and_image(monkeypatch):
 def test_boxes_are_resized_and_mirrored():
     boxes = torch.tensor([[10.0, 20, 30, 40], [0, 0, 200, 100]])
     assert torch.equal(
-        vild.resize_boxes(boxes, (200, 100), 50), torch.tensor([[2.5, 10, 7.5, 20], [0, 0, 50, 50]])
+        scenes.resize_boxes(boxes, (200, 100), 50),
+        torch.tensor([[2.5, 10, 7.5, 20], [0, 0, 50, 50]]),
     )
-    flipped = vild.flip_boxes(boxes, 200)
+    flipped = scenes.flip_boxes(boxes, 200)
     assert torch.equal(flipped, torch.tensor([[170.0, 20, 190, 40], [0, 0, 200, 100]]))
-    assert torch.equal(vild.flip_boxes(flipped, 200), boxes)
+    assert torch.equal(scenes.flip_boxes(flipped, 200), boxes)
 
 
 # ------------------------------------------------------------------------------------- detection
@@ -1086,12 +1087,12 @@ def test_base_and_novel_names_are_averaged_apart():
     test, right = one_scene()
     is_base = torch.tensor([True, True, True, False])
     wrong = (right[0], right[1], torch.tensor([0, 0]))
-    found = vild.average([wrong], test, is_base)
+    found = scenes.average_by_kind([wrong], test, is_base)
     assert found["base_ap50"] == pytest.approx(100) and found["novel_ap50"] == 0
     assert found["ap50"] == pytest.approx(50) and found["base_ap"] == pytest.approx(100)
     assert found["novel_ap"] == 0 and found["ap"] == pytest.approx(50)
     loose = (torch.tensor([[0.0, 0, 10, 10], [10, 10, 30, 22]]), *right[1:])  # an overlap of .6
-    found = vild.average([loose], test, is_base)
+    found = scenes.average_by_kind([loose], test, is_base)
     assert found["novel_ap50"] == pytest.approx(100) and found["novel_ap"] == pytest.approx(30)
 
 
@@ -1100,7 +1101,7 @@ def test_no_figure_is_nan(novel):
     """Also if there is no name of a kind, or no object with one."""
     test, right = one_scene()
     is_base = torch.tensor([name not in novel for name in "abcd"])
-    found = vild.average([right], test, is_base)
+    found = scenes.average_by_kind([right], test, is_base)
     assert all(math.isfinite(value) for value in found.values()), found
     assert found["ap50"] == pytest.approx(100)
     assert ("base_ap50" in found) == (novel != "abcd")
@@ -1112,7 +1113,7 @@ def test_guesses_change_novel_names_alone():
     labels = torch.arange(n) % 6
     is_base = torch.tensor([True, False, True, True, False, False])
     boxes, scores = draw_boxes(n, 1), torch.rand(n, generator=make_generator("a"))
-    ((made, score, guessed),) = vild.guess_novel([(boxes, scores, labels)], is_base)
+    ((made, score, guessed),) = scenes.guess_novel([(boxes, scores, labels)], is_base)
     assert torch.equal(made, boxes) and torch.equal(score, scores)
     base = is_base[labels]
     assert torch.equal(guessed[base], labels[base])
@@ -1120,9 +1121,9 @@ def test_guesses_change_novel_names_alone():
     assert (shares[[1, 4, 5]] - 1 / 3).abs().max() < 0.05 and shares[[0, 2, 3]].sum() == 0
     same = (guessed == labels)[~base].float().mean()
     assert 0.28 < same < 0.39  # not a function of the name that was found
-    again = vild.guess_novel([(boxes, scores, labels)], is_base)
+    again = scenes.guess_novel([(boxes, scores, labels)], is_base)
     assert torch.equal(again[0][2], guessed)
-    unchanged = vild.guess_novel([(boxes, scores, labels)], torch.ones(6).bool())
+    unchanged = scenes.guess_novel([(boxes, scores, labels)], torch.ones(6).bool())
     assert torch.equal(unchanged[0][2], labels)
 
 
@@ -1482,7 +1483,7 @@ def picture(tmp_path):
 def test_names_never_seen_are_looked_for(whole, picture, monkeypatch, capsys):
     """Everything is shown here, however low its score."""
     out = whole[0]
-    monkeypatch.setattr(vild, "LEAST_SCORE", -1.0)
+    monkeypatch.setattr(scenes, "SURE", -1.0)
     found = asking(out, "--detect", picture, "--names", "zigzag, my cat ,,stripes")()
     printed = capsys.readouterr().out.splitlines()
     assert set(found[2].tolist()) == {0, 1, 2}
