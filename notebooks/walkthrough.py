@@ -298,16 +298,18 @@ def in_order(names):
 
 
 def comparisons(entry):
-    """The gap of each comparison of a finding, and which of them has which verdict if there are
-    several."""
+    """The gap of each comparison of a finding, the arms that it is between unless there are no
+    others, and its verdict if there are several."""
     lines = []
     several = len(entry["compare"]) > 1
     for line in entry["compare"]:
         if line["gap"] is None:
             continue
         text = f"gap {line['gap']:+.1f} (standard error {line['error']:.1f})"
+        if len(line["arms"]) < len(entry["arms"]):
+            text = f"{' / '.join(line['arms'])}: {text}"
         if several:
-            text = f"{' / '.join(line['arms'])}: {text}: {line['verdict']}"
+            text = f"{text}: {line['verdict']}"
         lines.append(text)
     return lines
 

@@ -217,7 +217,8 @@ def findings(entries, _):
         row = [entry["key"], entry["claim"], entry["source"], ", ".join(paper), ", ".join(here)]
         verdicts = []
         for line in entry["compare"]:
-            names = f"{' / '.join(line['arms'])}: " if len(entry["compare"]) > 1 else ""
+            some = len(line["arms"]) < len(entry["arms"])
+            names = f"{' / '.join(line['arms'])}: " if some else ""
             gap = f"{line['gap']:+.1f} ({line['error']:.1f})"
             verdicts.append(f"{names}{gap}: **{line['verdict']}**")
         rows.append([*row, "; ".join(verdicts)])

@@ -131,6 +131,8 @@ def test_findings_are_drawn(monkeypatch):
         gaps = figure.axes[1].get_xlabel()
         for line in entry["compare"]:
             assert line["gap"] is None or f"gap {line['gap']:+.1f} " in gaps
+            named = f"{' / '.join(line['arms'])}: gap" in gaps
+            assert line["gap"] is None or named == (len(line["arms"]) < len(entry["arms"]))
         for arm in entry["arms"].values():
             if arm["found"]:
                 assert any(text.startswith(f"{arm['found']['mean']:.1f}") for text in said)
