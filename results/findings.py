@@ -300,8 +300,8 @@ FINDINGS = [
     ),
     Finding(
         key="moco_v2.augmentation",
-        claim="Stronger augmentation improves MoCo v1.",
-        source="MoCo v2, table 1",
+        claim="MoCo v2's augmentation improves MoCo v1.",
+        source="MoCo v2, table 1 (with blur; images of 32 pixels are not blurred here)",
         paper={"v1": 60.6, "augmentation": 63.4},
         arms={"v1": MOCO_V1, "augmentation": V2_VIEWS},
         compare=(("augmentation", "v1"),),
