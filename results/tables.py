@@ -120,16 +120,19 @@ def with_labels(lines, labels, same):
 def few_labels(lines, _):
     """Of what results/few_labels.py records on photographs."""
     numbers = sorted({line["labels"] for line in lines} - {0})
-    columns = ["features of", "epochs", "how"]
+    columns = ["pre-training", "epochs", "what the labels train"]
     columns += [f"{n} label{'s' if n > 1 else ''} per class (%)" for n in numbers]
     rows = []
     photographs = [line for line in lines if line["data"] != "patterns"]
     for group in grouped(photographs, "method", "epochs", "steps"):
         first = group[0]
-        how = f"fine-tuned, {first['steps']} steps" if first["steps"] else "linear"
         if not any(line["labels"] for line in group):
             continue  # a supervised network with all labels stands in the table of the methods
-        row = [first["method"], first["epochs"] or "", how]
+        name = "none: random weights" if first["method"] == RANDOM else first["method"]
+        trained = (
+            f"the network, {first['steps']} steps" if first["steps"] else "a linear classifier"
+        )
+        row = [name, first["epochs"] or "", trained]
         rows.append([*row, *[with_labels(group, n, {}) for n in numbers]])
     return markdown(columns, rows)
 

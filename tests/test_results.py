@@ -424,11 +424,13 @@ def test_few_labels_on_photographs_have_a_table():
         key = {"data": "cifar10-jpeg", "method": "moco_v2", "epochs": 25}
         lines.append({**key, "labels": labels, "seed": 0, "steps": 0, "top1": top1})
     lines.append({**lines[0], "data": "patterns", "top1": 99.0})
-    lines.append({**lines[0], "labels": 0, "steps": 600, "top1": 60.0})
+    lines.append({**lines[0], "labels": 0, "steps": 900, "top1": 60.0})
+    lines.append({**lines[0], "method": "random weights", "epochs": 0, "steps": 600, "top1": 15.0})
     text = tables.few_labels(lines, "")
     assert "1 label per class (%) | 10 labels per class (%)" in text
-    assert "| moco_v2 | 25 | linear | 21.0 ± 1.4 | 40.0 |" in text
-    assert len(text.splitlines()) == 3
+    assert "| moco_v2 | 25 | a linear classifier | 21.0 ± 1.4 | 40.0 |" in text
+    assert "| none: random weights |  | the network, 600 steps | 15.0 |  |" in text
+    assert len(text.splitlines()) == 4
 
 
 def test_stale_files_are_named_and_made_anew(copy, capsys):
