@@ -87,9 +87,13 @@ def load(checkpoint):
         torch.manual_seed(0)
         return {"method": RANDOM, "epochs": 0}, common.resnet("thin", 32)
     backbone, _, _ = evaluate.load_backbone(checkpoint)
-    args = harness.load_checkpoint(checkpoint).get("args", {})
+    content = harness.load_checkpoint(checkpoint)
+    args = content.get("args", {})
     if not {"method", "epochs"} <= args.keys():
         common.fail(f"{checkpoint}: not a checkpoint of one of the scripts here")
+    done = len(content["log"]) - 1
+    if done < args["epochs"]:
+        common.fail(f"{checkpoint}: {done} of {args['epochs']} epochs; let the run finish first")
     return {"method": args["method"], "epochs": args["epochs"]}, backbone
 
 

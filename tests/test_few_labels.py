@@ -111,6 +111,11 @@ def test_bad_input(whole_run, data, lines, capsys, tmp_path, monkeypatch):
     foreign = tmp_path / "foreign.pt"
     torch.save(common.resnet("thin", 32).state_dict(), foreign)
     assert "foreign.pt" in error_line(capsys, few_labels.main, [str(foreign), *words[1:]])
+    begun = tmp_path / "begun.pt"
+    content = harness.load_checkpoint(whole_run)
+    content["args"]["epochs"] = 4
+    torch.save(content, begun)
+    assert "1 of 4 epochs" in error_line(capsys, few_labels.main, [str(begun), *words[1:]])
     unlabelled = common.Data("few", data.pretrain, (), (), [])
     monkeypatch.setattr(common, "load_images", lambda name: unlabelled)
     assert "labelled images of one" in error_line(capsys, few_labels.main, words)
