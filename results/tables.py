@@ -124,6 +124,11 @@ def few_labels(lines, _):
     columns += [f"{n} label{'s' if n > 1 else ''} per class (%)" for n in numbers]
     rows = []
     photographs = [line for line in lines if line["data"] != "patterns"]
+
+    def order(line):
+        return line["steps"], line["method"] == RANDOM, line["method"], line["epochs"]
+
+    photographs.sort(key=order)
     for group in grouped(photographs, "method", "epochs", "steps"):
         first = group[0]
         if not any(line["labels"] for line in group):

@@ -175,6 +175,30 @@ def test_what_is_said_of_open_vocabulary_is_what_was_measured():
         assert line["teacher_seconds"] > 3 * line["detection_seconds"]
 
 
+def test_what_is_said_of_few_labels_is_what_was_measured():
+    """Better than from scratch: by more than twice the standard error; not better: by less."""
+    path = ROOT / "results" / "few_labels.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def gain(method, epochs, labels, steps):
+        """Over a supervised network, in standard errors."""
+        ours = {"method": method, "epochs": epochs, "labels": labels, "steps": steps}
+        scratch = {"method": "random weights", "labels": labels, "steps": 600}
+        both = []
+        for wanted in (ours, scratch):
+            wanted["data"] = "cifar10-jpeg"
+            both.append([line["top1"] for line in lines if wanted.items() <= line.items()])
+            assert len(both[-1]) == 3
+        return in_errors(*both)
+
+    for labels in (1, 3, 10, 100):
+        assert gain("simclr", 20, labels, 0) > 2
+        assert gain("moco_v1", 20, labels, 0) < 2
+        assert gain("moco_v2", 20, labels, 0) < 2
+        assert (gain("moco_v2", 20, labels, 600) > 2) == (labels >= 3)
+        assert (gain("moco_v2", 5, labels, 600) > 2) == (labels == 100)
+
+
 def test_what_is_said_of_the_patterns_is_what_was_measured():
     arms = arms_of("patterns", "method")
     values = {name: [line["linear_top1"] for line in lines] for name, lines in arms.items()}
