@@ -134,9 +134,9 @@ def few_labels(lines, _):
         if not any(line["labels"] for line in group):
             continue  # a supervised network with all labels stands in the table of the methods
         name = "none: random weights" if first["method"] == RANDOM else first["method"]
-        trained = (
-            f"the network, {first['steps']} steps" if first["steps"] else "a linear classifier"
-        )
+        trained = "a linear classifier"
+        if first["steps"]:
+            trained = f"the network, {first['steps']} steps"
         row = [name, first["epochs"] or "", trained]
         rows.append([*row, *[with_labels(group, n, {}) for n in numbers]])
     return markdown(columns, rows)

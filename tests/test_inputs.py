@@ -169,7 +169,7 @@ def test_folders(folder, tmp_path, capsys):
     assert "0 image(s) found" in load("x")
     Image.new("RGB", (32, 32)).save(tmp_path / "x" / "one.png")
     assert "1 image(s) found" in load("x")
-    (tmp_path / "x" / "folder.png").mkdir()  # not an image, in spite of its name
+    (tmp_path / "x" / "folder.png").mkdir()  # not an image, despite its name
     assert "1 image(s) found" in load("x")
 
     shutil.copytree(folder, tmp_path / "y")
