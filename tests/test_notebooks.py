@@ -1,7 +1,6 @@
 """The notebooks show what the scripts do now: complete, small, and able to run again."""
 
 import ast
-import asyncio
 import importlib
 import inspect
 import json
@@ -16,7 +15,6 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 import common
 import harness
@@ -207,34 +205,6 @@ def test_diff_shows_every_changed_line(parent, child, monkeypatch):
     assert +found == Counter((ROOT / f"{child}.py").read_text().splitlines())
 
 
-@pytest.fixture(scope="module")
-def executed():
-    """{notebook: its cells after a run from a clean state, or the error}; two run at a time."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    place = {"metadata": {"path": str(ROOT / "notebooks")}}
-
-    async def run(name, cores):
-        book = read(name)
-        for cell in code(book):
-            cell.outputs = []
-            cell.execution_count = None
-        client = NotebookClient(book, timeout=900, kernel_name="python3", resources=place)
-        async with cores:
-            try:
-                await client.async_execute(env=environment)
-            except CellExecutionError as error:
-                return error
-        return code(book)
-
-    async def run_all():
-        cores = asyncio.Semaphore(2)
-        return await asyncio.gather(*(run(name, cores) for name in names))
-
-    names = sorted(NOTEBOOKS, key=lambda name: name != "compare")  # the longest first
-    return dict(zip(names, asyncio.run(run_all())))
-
-
 def kinds(cell):
     """What a cell shows. On a busy machine torch may warn on stderr, which is printed instead."""
     found = []
@@ -248,9 +218,16 @@ def kinds(cell):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_runs_from_a_clean_state(name, executed):
+def test_runs_from_a_clean_state(name):
     """In a kernel of its own; its figures differ between machines, their number does not."""
-    cells = executed[name]
-    if isinstance(cells, CellExecutionError):
-        raise cells
-    assert [kinds(cell) for cell in cells] == [kinds(cell) for cell in code(read(name))]
+    book = read(name)
+    expected = [kinds(cell) for cell in code(book)]
+    for cell in code(book):
+        cell.outputs = []
+        cell.execution_count = None
+    place = {"metadata": {"path": str(ROOT / "notebooks")}}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    client = NotebookClient(book, timeout=900, kernel_name="python3", resources=place)
+    client.execute(env=environment)
+    assert [kinds(cell) for cell in code(book)] == expected

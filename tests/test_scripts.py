@@ -131,7 +131,9 @@ def record_permutations(script, patch):
     return drawn
 
 
-@pytest.mark.parametrize("images", ["in memory", "from files"])
+@pytest.mark.parametrize(
+    "images", ["in memory", pytest.param("from files", marks=pytest.mark.slow)]
+)
 def test_the_shuffle_continues_where_it_stopped(images, folder, photos, tmp_path, monkeypatch):
     """Also if workers, whose seeds come from a generator too, are started anew."""
     script = importlib.import_module("moco_v1")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import checkpoint_of, error_line, interrupt, log_of, same_state, torchrun, words
+from conftest import ROOT, checkpoint_of, error_line, interrupt, log_of, same_state, torchrun, words
 from test_clip import loud_model
 from test_forward import Recorder as Unwritten
 from test_forward import compare, compare_state, cross_entropy, noise, unit
@@ -1705,10 +1705,9 @@ def test_two_processes(clip_file, tmp_path):
 
 @pytest.mark.slow
 def test_the_default_recipe_finds_what_nobody_labelled(tmp_path):
-    """With a teacher of its own, as `python vild.py` alone has one."""
-    teacher = tmp_path / "clip"
-    clip.main(clip.parse_args(["--out", str(teacher)]))
-    flags = ["--teacher", str(teacher / "checkpoint.pt"), "--out", str(tmp_path / "vild")]
+    """With the finished network of clip.py as its teacher."""
+    teacher = ROOT / "results" / "weights" / "clip.pt"
+    flags = ["--teacher", str(teacher), "--out", str(tmp_path)]
     result = vild.main(vild.parse_args(flags))
     assert result["novel_ap50"] >= 40 and result["base_ap50"] >= 85
     assert result["novel_ap50"] > result["guess_novel_ap50"] + 20
