@@ -444,9 +444,9 @@ def draw_pairs(run, data, title, z_image, z_text):
 
     images, captions = data.pairs
     if not torch.is_tensor(images):
-        size = run.views.augments[0].size
+        view = run.views.augments[0]
         rows = list(range(min(12, len(images))))
-        images = next(iter(common.decode(common.CentreCrops(images, size), [rows], 0)))
+        images = next(iter(common.decode(common.CentreCrops(images, view), [rows], 0)))
     figure = Figure(figsize=(17, 10), layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(2, 3).flatten()

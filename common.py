@@ -322,23 +322,24 @@ class RandomCrops(torch.utils.data.Dataset):
         for a in self.augments:
             box = a.draw_boxes(1, image.height, image.width, generator)[0]
             top, left, height, width = box.int().tolist()
-            mode = InterpolationMode.BICUBIC if a.bicubic else InterpolationMode.BILINEAR
-            view = TF.resized_crop(image, top, left, height, width, [a.size, a.size], mode)
+            size = [a.size, a.size]
+            view = TF.resized_crop(image, top, left, height, width, size, a.interpolation)
             views.append(TF.pil_to_tensor(view))
         return views
 
 
 class CentreCrops(torch.utils.data.Dataset):
-    """index -> the uint8 image (3, S, S) that evaluation sees: 224 pixels cut out of 256."""
+    """index -> the uint8 image (3, S, S) that evaluation sees: the centre of the resized image."""
 
-    def __init__(self, paths, size):
+    def __init__(self, paths, view):
         self.paths = paths
-        self.size = size
+        self.view = view
 
     def __getitem__(self, index):
         image = read_image(self.paths[index])
-        image = TF.resize(image, round(self.size * 256 / 224))
-        image = TF.center_crop(image, self.size)
+        short_side = round(self.view.size * self.view.margin)
+        image = TF.resize(image, short_side, self.view.interpolation)
+        image = TF.center_crop(image, self.view.size)
         return TF.pil_to_tensor(image)
 
 
@@ -379,6 +380,7 @@ class Augment:
     blur: float = 0.0  # Gaussian, sigma U(0.1, 2) pixels
     solarize: float = 0.0  # above 1/2
     bicubic: bool = False
+    margin: float = 256 / 224  # evaluation resizes a file's short side to S times this
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
 
@@ -386,6 +388,11 @@ class Augment:
         low, high = self.scale
         if not 0 <= low <= high <= 1:
             fail(f"crops cannot take {low} to {high} of the image's area")
+
+    @property
+    def interpolation(self):
+        """Of images from files, by PIL."""
+        return InterpolationMode.BICUBIC if self.bicubic else InterpolationMode.BILINEAR
 
     def __call__(self, images, generator, cropped=False):
         """With W processes, each draws for the whole batch and uses its own part, so that together
@@ -729,7 +736,7 @@ def features(
         batches = (images[r.to(images.device)] for r in rows)
     else:
         items = [r.tolist() for r in rows]
-        batches = decoded(decode(CentreCrops(images, view.size), items, workers))
+        batches = decoded(decode(CentreCrops(images, view), items, workers))
     h = None
     start = rank() * part
     for x in batches:

@@ -429,7 +429,7 @@ def draw_report(run, data, title):
     if torch.is_tensor(images):
         found = images[nearest.to(images.device)]
     else:
-        found = next(decoded(decode(CentreCrops(images, plain.size), [nearest.tolist()], 0)))
+        found = next(decoded(decode(CentreCrops(images, plain), [nearest.tolist()], 0)))
     show_images(axes[5], found, "top row: images; below each, its five nearest neighbours")
 
     picture = io.BytesIO()

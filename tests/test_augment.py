@@ -9,11 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import error_line
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as V
 
+import clip
 import common
 import moco_v2
+import simclr
 from common import Augment, Views, make_generator
 
 EVERYTHING = Augment(
@@ -153,6 +156,26 @@ def test_plain_view_is_not_random():
     smaller = replace(augment, size=16).plain(images)
     expected = V.resize(images.float() / 255, [16, 16], antialias=True)
     assert torch.allclose(smaller, V.normalize(expected, augment.mean, augment.std), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module, short_side, mode",
+    [
+        (moco_v2, 256, v2.InterpolationMode.BILINEAR),
+        (simclr, 256, v2.InterpolationMode.BICUBIC),
+        (clip, 224, v2.InterpolationMode.BICUBIC),
+    ],
+)
+def test_what_evaluation_sees_of_files(module, short_side, mode, photos):
+    """As in the papers: the centre of the image, which CLIP alone shows up to its border."""
+    recipe = "paper" if module is clip else "imagenet"
+    augment = module.build_views(module.parse_args(["--recipe", recipe]))[0]
+    paths = sorted(photos.iterdir())[:3]
+    found = common.CentreCrops(paths, augment)
+    resize = v2.Compose([v2.Resize(short_side, mode), v2.CenterCrop(224), v2.PILToTensor()])
+    for index, path in enumerate(paths):
+        with Image.open(path) as image:
+            assert torch.equal(found[index], resize(image))
 
 
 # ---------------------------------------------------------------------------- views of a method

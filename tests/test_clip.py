@@ -1178,7 +1178,7 @@ RECIPES = {
         "projection_dim": 512,
     },
 }
-VIEW = {  # openai/CLIP: clip/clip.py (mean, std); open_clip: transform.py (crop, bicubic)
+VIEW = {  # openai/CLIP: clip/clip.py (margin, mean, std); open_clip: transform.py (crop, bicubic)
     "size": 224,
     "scale": (0.9, 1.0),
     "flip": 0.0,
@@ -1188,6 +1188,7 @@ VIEW = {  # openai/CLIP: clip/clip.py (mean, std); open_clip: transform.py (crop
     "blur": 0.0,
     "solarize": 0.0,
     "bicubic": True,
+    "margin": 1.0,
     "mean": (0.48145466, 0.4578275, 0.40821073),
     "std": (0.26862954, 0.26130258, 0.27577711),
 }

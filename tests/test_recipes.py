@@ -175,6 +175,7 @@ MOCO_V2 = {  # facebookresearch/moco: main_moco.py, --aug-plus
     "blur": 0.5,
     "solarize": 0.0,
     "bicubic": False,
+    "margin": 256 / 224,
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
 }
