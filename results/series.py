@@ -2,7 +2,7 @@
 
     python -m results.series patterns             # what is missing of one series
     python -m results.series zero_shot --jobs 1
-    python -m results.series laptop --data FOLDER     # CIFAR-10, half an hour of a core per run
+    python -m results.series laptop --data FOLDER     # CIFAR-10, up to an hour of a core per run
 
 Each run is the default recipe on one thread with the flags, or the one replaced function, of its
 arm. It adds a line to results/SERIES.jsonl: the name of the arm and its result.json."""

@@ -317,7 +317,6 @@ def precision_cells(runs, start):
 TABLES = {  # name: the file with the runs, and what makes the table of them
     "patterns": ("patterns", accuracies),
     "patterns_short": ("patterns", accuracies_short),
-    "cifar10_jpeg": ("cifar10_jpeg", accuracies),
     "laptop": ("laptop", accuracies),
     "few_labels": ("few_labels", few_labels),
     "cifar10": ("cifar10", one_gpu),
