@@ -81,7 +81,7 @@ def build_views(args):
         scale=(args.crop_min, 1.0),
         flip=0.0,
         bicubic=True,
-        margin=1.0,
+        margin=1.0,  # evaluation shows the image up to its border (official code)
         mean=(0.48145466, 0.4578275, 0.40821073),  # of the paper's data (official code)
         std=(0.26862954, 0.26130258, 0.27577711),
     )

@@ -699,9 +699,9 @@ def find_patches(model, data, args):
         generator = make_generator("unseen")
         x, patches, boxes, _, _ = cut_patches(images, asked, generator)
         found = search_patches(model, x, patches)
-        results[name] = overlap(found, boxes)
+        results[name] = iou(found, boxes)
     average = boxes.mean((0, 1))
-    results["constant_"] = overlap(average.expand_as(boxes), boxes)
+    results["constant_"] = iou(average.expand_as(boxes), boxes)
     metrics = {}
     for name, found in results.items():
         over = (found > 0.5).float()
@@ -876,7 +876,7 @@ def mean_over_processes(x):
     return x / world_size()
 
 
-def overlap(a, b):
+def iou(a, b):
     """Intersection over union of boxes (..., 4) given as centre and sides."""
     a = box_convert(a, "cxcywh", "xyxy")
     b = box_convert(b, "cxcywh", "xyxy")

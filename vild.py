@@ -282,14 +282,14 @@ class Sampler:
         positive = []
         negative = []
         for label, generator in zip(labels, self.generators):
-            objects, others = choose(label, self.n, 0.5, generator)
+            objects, others = choose_balanced(label, self.n, 0.5, generator)
             none = torch.zeros_like(label, dtype=torch.bool)
             positive.append(none.index_fill(0, objects, True))
             negative.append(none.index_fill(0, others, True))
         return positive, negative
 
 
-def choose(labels, n, share, generator):
+def choose_balanced(labels, n, share, generator):
     """Random rows with label > 0, at most a share of n, and rows with label 0 that make up n."""
     order = torch.randperm(len(labels), generator=generator)
     order = order.to(labels.device)
@@ -311,7 +311,7 @@ def sample_regions(proposals, boxes, labels, n, generator):
     overlaps = box_iou(candidates, boxes)
     overlap, nearest = overlaps.max(1)
     classes = torch.where(overlap >= 0.5, 1 + labels[nearest], 0)
-    objects, others = choose(classes, n, 0.25, generator)
+    objects, others = choose_balanced(classes, n, 0.25, generator)
     rows = torch.cat([objects, others])
     wanted = boxes[nearest[rows]]
     return candidates[rows], wanted, classes[rows]
@@ -780,7 +780,7 @@ def draw_report(run, data, title):
     images = data.test_pictures.read(torch.arange(min(4, len(data.test))))
     found = detect(args, model, images, data.names, data.is_base)[args.mode]
     for axis, image, detections in zip(axes, images, found):
-        draw_detections(axis, image.cpu(), detections, data.classes, data.is_base.tolist())
+        draw_surest(axis, image.cpu(), detections, data.classes, data.is_base.tolist())
     axes[0].set_title("blue: base names, orange: novel ones")
 
     last = run.log[-1]
@@ -813,7 +813,7 @@ def draw_report(run, data, title):
     model.train()
 
 
-def draw_detections(axis, image, detections, names, is_base):
+def draw_surest(axis, image, detections, names, is_base):
     """The surest name at each place on a matplotlib axis."""
     boxes, scores, labels = detections
     kept = surest(detections)
@@ -872,7 +872,7 @@ def show(args):
     boxes = boxes * torch.tensor([width, height, width, height]) / trained.size
     figure = Figure(figsize=(8, 8), layout="constrained")
     axis = figure.subplots()
-    draw_detections(axis, image, (boxes, scores, labels), names, is_base.tolist())
+    draw_surest(axis, image, (boxes, scores, labels), names, is_base.tolist())
     picture = io.BytesIO()
     figure.savefig(picture, dpi=100)
     harness.save(Path(args.out) / "detections.png", picture.getvalue())

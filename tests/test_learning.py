@@ -1,7 +1,7 @@
 """Slow: each script must really learn. A method that was broken without a sound, so that it runs
 and its loss falls, is found here.
 
-All trainings are stopped before their schedule ends, as by a user."""
+Each training is stopped before its schedule ends, as by a user."""
 
 import json
 import os

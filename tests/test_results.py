@@ -219,6 +219,28 @@ def test_the_laptop_has_run_every_method_with_the_same_settings():
     assert [line["seed"] for line in runs] == [0, 1, 2]
 
 
+def test_the_order_on_photographs_is_another():
+    """The gap that compare.ipynb names, on both kinds of images, against twice the spread of seeds;
+    that on photographs is known from the findings."""
+    patterns = {}
+    for name, lines in arms_of("patterns", "method").items():
+        patterns[name] = torch.tensor([line["linear_top1"] for line in lines])
+    lines = (ROOT / "results" / "laptop.jsonl").read_text().splitlines()
+    photographs = {line["method"]: line["linear_top1"] for line in map(json.loads, lines)}
+    here = max(patterns, key=lambda name: patterns[name].mean())
+    there = max(photographs, key=photographs.get)
+    spread = max(patterns[here].std(), patterns[there].std())
+    assert patterns[here].mean() - patterns[there].mean() > 2 * spread
+    entries = json.loads((ROOT / "results" / "findings.json").read_text())
+    stds = {}
+    for entry in entries:
+        for arm in entry["arms"].values():
+            if arm["found"] and arm["found"]["std"] is not None:
+                stds.setdefault(entry["key"].split(".")[0], []).append(arm["found"]["std"])
+    spread = max(stds[here] + stds[there])
+    assert photographs[there] - photographs[here] > 2 * spread
+
+
 def test_what_is_said_of_the_patterns_is_what_was_measured():
     arms = arms_of("patterns", "method")
     values = {name: [line["linear_top1"] for line in lines] for name, lines in arms.items()}

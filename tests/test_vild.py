@@ -482,7 +482,7 @@ def test_how_many_are_chosen():
     for objects, others, neither, chosen, filled in cases:
         labels = torch.tensor([2.0] * objects + [0.0] * others + [-1.0] * neither)
         labels = labels[torch.randperm(len(labels), generator=make_generator("mix"))]
-        found, rest = vild.choose(labels, 16, 0.5, make_generator("a"))
+        found, rest = vild.choose_balanced(labels, 16, 0.5, make_generator("a"))
         assert (len(found), len(rest)) == (chosen, filled)
         assert (labels[found] > 0).all() and (labels[rest] == 0).all()
         assert len({*found.tolist(), *rest.tolist()}) == chosen + filled
@@ -492,7 +492,7 @@ def test_all_are_chosen_equally_often():
     labels = torch.tensor([0, 1] * 10)
     counts = torch.zeros(20)
     for draw in range(1000):
-        for rows in vild.choose(labels, 4, 0.5, make_generator("draw", draw)):
+        for rows in vild.choose_balanced(labels, 4, 0.5, make_generator("draw", draw)):
             counts[rows] += 1
     assert (counts - 200).abs().max() < 60
 
@@ -521,7 +521,9 @@ def test_the_sampler_marks_what_is_chosen():
     sampler.generators = [make_generator("anchors", i) for i in range(2)]
     positive, negative = sampler(labels)
     for image in range(2):
-        objects, others = vild.choose(labels[image], 16, 0.5, make_generator("anchors", image))
+        objects, others = vild.choose_balanced(
+            labels[image], 16, 0.5, make_generator("anchors", image)
+        )
         assert positive[image].nonzero()[:, 0].tolist() == objects.sort().values.tolist()
         assert negative[image].nonzero()[:, 0].tolist() == others.sort().values.tolist()
         assert positive[image].sum() + negative[image].sum() == 16
@@ -1177,14 +1179,14 @@ def test_the_best_detections_are_drawn():
     boxes = torch.stack([left, left + 1, left + 2, left + 3], dim=1)
     boxes = torch.cat([boxes, boxes + 0.1])  # where another has been seen with more certainty
     detections = (boxes, torch.cat([scores, scores - 0.01]), labels.repeat(2))
-    vild.draw_detections(axis, an_image(32), detections, ["a", "b", "c"], [True, False, True])
+    vild.draw_surest(axis, an_image(32), detections, ["a", "b", "c"], [True, False, True])
     shown = [f"{'abc'[label]} {score:.2f}" for score, label in zip(scores.tolist(), labels.tolist())
              if score > 0.3][:10]  # fmt: skip
     assert [text.get_text() for text in axis.texts] == shown and len(shown) == 10
     colours = ["tab:orange" if text[0] == "b" else "tab:blue" for text in shown]
     assert [line.get_color() for line in axis.lines] == colours
     empty = Figure().subplots()
-    vild.draw_detections(empty, an_image(32), (torch.zeros(0, 4), scores[:0], labels[:0]), [], [])
+    vild.draw_surest(empty, an_image(32), (torch.zeros(0, 4), scores[:0], labels[:0]), [], [])
     assert not empty.texts and len(empty.images) == 1
 
 
@@ -1211,11 +1213,11 @@ def test_what_is_decayed(optimizer):
 
 
 # ---------------------------------------------------------------------------------------- parity
-CHOOSE = vild.choose
+CHOOSE = vild.choose_balanced
 IMAGE_LOSS = vild.image_loss
 MISTAKES = {
     "sampling from torch's global generator": {
-        "choose": lambda labels, n, share, _: CHOOSE(labels, n, share, None)
+        "choose_balanced": lambda labels, n, share, _: CHOOSE(labels, n, share, None)
     },
     "the sampler of torchvision": {
         "Sampler": lambda n: BalancedPositiveNegativeSampler(n, 0.5),
